@@ -1,0 +1,26 @@
+"""Callbacks that keep a trajectory of policies and make the reference from it."""
+
+if __name__ != "tpmm_pl.callbacks":
+    raise ImportError("import tpmm_pl.callbacks; this folder is a part of the package tpmm_pl")
+
+from tpmm_pl.callbacks.model_export import ModelExport
+from tpmm_pl.callbacks.offline_pairs import OfflinePairs
+from tpmm_pl.callbacks.on_policy_pairs import OnPolicyPairs
+from tpmm_pl.callbacks.reference_merge import ReferenceMerge
+from tpmm_pl.callbacks.round_checkpoint import RoundCheckpoint
+from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, finish_round
+from tpmm_pl.callbacks.round_evaluation import RoundEvaluation
+from tpmm_pl.callbacks.trajectory_snapshot import TrajectorySnapshot
+
+__all__ = [
+    "ModelExport",
+    "OfflinePairs",
+    "OnPolicyPairs",
+    "ReferenceMerge",
+    "RoundCallback",
+    "RoundCheckpoint",
+    "RoundContext",
+    "RoundEvaluation",
+    "TrajectorySnapshot",
+    "finish_round",
+]

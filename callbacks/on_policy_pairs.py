@@ -1,0 +1,111 @@
+"""Pairs made from the policy's own completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tpmm_pl.callbacks.round_end import RoundContext
+from tpmm_pl.callbacks.round_pairs import RoundPairs
+from tpmm_pl.pairing import LabelNoise, pair_completions
+from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.types import InputError, Judge, OffersPrompts, Pair, Prompt
+
+
+class OnPolicyPairs(RoundPairs):
+    """Samples K completions a prompt, has them scored and pairs them.
+
+    Training pairs of round t + 1 come from the policy that starts it; held-out pairs from the
+    policy after round t, by the same annotator.
+
+    Args:
+        annotator: Scores completions for labels.
+        method: ``adjacent`` or ``best_worst``.
+        samples: K for training prompts.
+        fuse_samples: K for held-out prompts.
+        max_new_tokens: Budget of a completion.
+        temperature: Of sampling.
+        noise: How the annotator's labels err.
+        flip_in_rounds: Another flip rate for the training pairs of some rounds, as when one batch
+            of annotation goes wrong; fuse pairs keep ``noise``.
+        batch_size: Completions generated at once; halved when memory runs out.
+        score_batch_size: Pairs a batch of the pass without gradients.
+        train_on_fuse_pairs: See :class:`RoundPairs`.
+    """
+
+    def __init__(
+        self,
+        annotator: Judge,
+        method: str = "best_worst",
+        samples: int = 8,
+        fuse_samples: int = 2,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        noise: LabelNoise | None = None,
+        flip_in_rounds: dict[int, float] | None = None,
+        batch_size: int = 256,
+        score_batch_size: int = 128,
+        train_on_fuse_pairs: bool = False,
+    ) -> None:
+        super().__init__(score_batch_size, train_on_fuse_pairs)
+        if samples < 2 or fuse_samples < 2:
+            raise InputError(
+                f"samples {samples} and fuse_samples {fuse_samples} must be at least 2 for a pair"
+            )
+        self.annotator = annotator
+        self.method = method
+        self.samples = samples
+        self.fuse_samples = fuse_samples
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.noise = noise or LabelNoise()
+        self.flip_in_rounds = flip_in_rounds or {}
+        self.batch_size = batch_size
+
+    def training_pairs(self, context: RoundContext, round_index: int) -> list[Pair]:
+        """Sample, judge and pair completions of a coming round's prompts."""
+        flip = self.flip_in_rounds.get(round_index, self.noise.flip)
+        noise = LabelNoise(self.noise.temperature, flip)
+        prompts = _data(context).train_prompts(round_index)
+        return self._pairs(context, prompts, self.samples, noise, "pairs")
+
+    def held_out_pairs(self, context: RoundContext) -> list[Pair]:
+        """Sample, judge and pair completions of held-out prompts."""
+        prompts = _data(context).fuse_prompts(context.round_index)
+        return self._pairs(context, prompts, self.fuse_samples, self.noise, "fuse_pairs")
+
+    def _pairs(
+        self,
+        context: RoundContext,
+        prompts: Sequence[Prompt],
+        samples: int,
+        noise: LabelNoise,
+        stage: str,
+    ) -> list[Pair]:
+        with context.fabric.autocast():
+            completions = sample_completions(
+                context.policy,
+                context.data.tokenizer,
+                prompts,
+                samples=samples,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                key=context.key(stage),
+                batch_size=self.batch_size,
+                title=f"round {context.round_index}: sampling {stage.replace('_', ' ')}",
+            )
+        return pair_completions(
+            completions,
+            self.annotator(completions),
+            method=self.method,
+            noise=noise,
+            generator=context.generator(stage),
+        )
+
+
+def _data(context: RoundContext) -> OffersPrompts:
+    if not isinstance(context.data, OffersPrompts):
+        raise InputError(
+            f"OnPolicyPairs needs data with prompts, and {type(context.data).__name__} has none; "
+            "use OfflinePairs for pairs from a file"
+        )
+    return context.data

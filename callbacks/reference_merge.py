@@ -1,0 +1,212 @@
+"""The reference of the next round: a merge of the trajectory, learned or by rule."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader
+
+from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage, reset_optimizer
+from tpmm_pl.callbacks.round_pairs import fuse_pool
+from tpmm_pl.data.batching import collate
+from tpmm_pl.fabric import fit_with_fabric
+from tpmm_pl.files import write_text
+from tpmm_pl.models.scoring import score_completions
+from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
+from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.rounds import check_strategy, entropy, fixed_recipe, one_hot
+from tpmm_pl.types import InputError, OffersPrompts, PairBatch, Recipe
+
+
+class ReferenceMerge(RoundCallback):
+    """Makes the reference after every round and sets the policy that trains next.
+
+    Args:
+        strategy: ``last`` (iterative DPO), ``initial`` (a fixed reference), ``uniform``,
+            ``window``, ``ema`` or ``learned`` (TPMM-DPO).
+        next_policy: Whether the next round starts from the ``last`` policy or from the ``merge``;
+            by default from the merge for uniform, ema and learned, from the last otherwise.
+        window: Snapshots that ``window`` averages.
+        alpha: Weight of the newest policy in ``ema``.
+        fusion: How ``learned`` learns.
+        guard_kl: Largest KL of a learned merge to the start, in nats a sequence, measured where
+            prompts are at hand; above it the round falls back to uniform. ``None``: no guard.
+        guard_weight: Largest mean coefficient of the newest snapshot of a learned merge of three
+            or more; above it the round falls back to uniform. ``None``: no guard.
+        ship: What is exported as merged: the last ``merge``, the plain ``average`` of the
+            trajectory, or a ``learned`` fit of its own at the end.
+        ship_steps: Steps of that fit.
+    """
+
+    def __init__(
+        self,
+        strategy: str = "learned",
+        next_policy: Literal["last", "merge"] | None = None,
+        window: int = 3,
+        alpha: float = 0.6,
+        fusion: FusionSettings | None = None,
+        guard_kl: float | None = 10.0,
+        guard_weight: float | None = 0.9,
+        ship: Literal["merge", "average", "learned"] = "merge",
+        ship_steps: int = 40,
+    ) -> None:
+        super().__init__()
+        check_strategy(strategy)
+        by_default = "merge" if strategy in ("uniform", "ema", "learned") else "last"
+        self.strategy = strategy
+        self.next_policy = next_policy or by_default
+        self.window = window
+        self.alpha = alpha
+        self.fusion = fusion or FusionSettings()
+        self.guard_kl = guard_kl
+        self.guard_weight = guard_weight
+        self.ship = ship
+        self.ship_steps = ship_steps
+
+    def stages(self) -> dict[str, Stage]:
+        """Return the stages that make the reference, set the next policy and prepare shipping."""
+        return {
+            "fuse": self.make_reference,
+            "ship": self.make_ship_recipes,
+            "next_policy": self.set_next_policy,
+        }
+
+    def make_reference(self, context: RoundContext) -> None:
+        """Write the recipe of the next round's reference."""
+        index = context.round_index
+        if self.strategy != "learned":
+            previous = context.store.record(index - 1).recipe if index else None
+            recipe = fixed_recipe(
+                self.strategy, index, window=self.window, alpha=self.alpha, previous=previous
+            )
+        elif index == 0:
+            recipe = one_hot(0, "learned")
+        else:
+            recipe = self._guarded(context, self.learn(context, self.fusion.steps, "fuse"))
+        content = {**recipe.to_json(), "sha256": context.store.recipe_sha256(recipe)}
+        write_text(context.store.folder(index) / "recipe.json", json.dumps(content, indent=1))
+        context.store.update(index, recipe=recipe)
+        weights = zip(recipe.snapshots, recipe.coefficients[0], strict=True)
+        named = {f"fusion/weight_{k:02d}": c for k, c in weights} if len(recipe.groups) == 1 else {}
+        context.log({**named, "fusion/entropy": entropy(recipe)})
+
+    def learn(self, context: RoundContext, steps: int, stage: str) -> Recipe:
+        """Learn coefficients over the whole trajectory on all held-out pairs so far.
+
+        Args:
+            context: The round; its module is left holding some merge.
+            steps: At most so many.
+            stage: Names the order of the pairs, and the file of the fit's curve.
+
+        Raises:
+            InputError: If there are no held-out pairs, or they were trained on.
+        """
+        store, index = context.store, context.round_index
+        if "control" in store.record(0).notes:
+            raise InputError(
+                "learned coefficients need held-out pairs, but train_on_fuse_pairs adds them to "
+                "training; choose another strategy for this control arm"
+            )
+        module = FusionWeights(self.fusion)
+        module.bind(context.policy, store, tuple(range(index + 1)))
+        fit_with_fabric(
+            context.fabric,
+            module,
+            fuse_batches(context, self.fusion.batch_size, steps, stage),
+            title=f"round {index}: learning coefficients",
+        )
+        context.forget()
+        recipe = module.recipe()
+        curve = {"loss": module.losses, "entropy": entropy(recipe), "steps": len(module.losses)}
+        write_text(store.folder(index) / f"{stage}ion.json", json.dumps(curve, indent=1))
+        if (sentence := fit_warning(recipe)) is not None:
+            warnings.warn(f"round {index}: {sentence}", stacklevel=2)
+            store.update(index, notes={"fusion": sentence.split(":")[0]})
+        return recipe
+
+    def set_next_policy(self, context: RoundContext) -> None:
+        """Put the next policy into the module and start its optimizer afresh."""
+        last = one_hot(context.round_index)
+        merge = context.store.record(context.round_index).recipe or last
+        error = context.set_next_policy(merge if self.next_policy == "merge" else last)
+        if error:
+            context.log({"fusion/rank_error": error})
+            note = f"cut to the adapter's rank, relative error {error:.1e}"
+            context.store.update(context.round_index, notes={"rank": note})
+        for optimizer in context.optimizers:
+            reset_optimizer(optimizer)
+
+    def make_ship_recipes(self, context: RoundContext) -> None:
+        """Write the recipes that may be shipped: the last merge, the average, a learned fit."""
+        index = context.round_index
+        record = context.store.record(index)
+        recipes = {
+            "merge": record.recipe or one_hot(index),
+            "average": fixed_recipe("uniform", index),
+        }
+        held_out = any(r.fuse for r in context.store.rounds)
+        if held_out and "control" not in context.store.record(0).notes:
+            recipes["learned"] = self.learn(context, self.ship_steps, "ship")
+        if self.ship not in recipes:
+            raise InputError(f"ship: {self.ship} needs held-out pairs; choose merge or average")
+        context.store.update(index, ship={**recipes, "chosen": recipes[self.ship]})
+
+    def _guarded(self, context: RoundContext, recipe: Recipe) -> Recipe:
+        alarm = self._alarm(context, recipe)
+        if alarm is None:
+            return recipe
+        warnings.warn(
+            f"round {context.round_index}: {alarm}; the reference is the plain average instead",
+            stacklevel=2,
+        )
+        context.store.update(context.round_index, notes={"guard": f"guard: {alarm}"})
+        return fixed_recipe("uniform", context.round_index)
+
+    def _alarm(self, context: RoundContext, recipe: Recipe) -> str | None:
+        newest = float(torch.tensor(recipe.coefficients)[:, -1].mean())
+        many = len(recipe.snapshots) > 2
+        if self.guard_weight is not None and many and newest > self.guard_weight:
+            return f"learned weight {newest:.2f} on the newest policy"
+        if self.guard_kl is None or not isinstance(context.data, OffersPrompts):
+            return None
+        kl = start_divergence(context, recipe)
+        context.log({"fusion/kl_merge_sft": kl})
+        return f"learned merge at KL {kl:.1f}" if kl > self.guard_kl else None
+
+
+def fuse_batches(
+    context: RoundContext, batch_size: int, steps: int, stage: str
+) -> DataLoader[PairBatch]:
+    """Return a loader of ``steps`` batches over all held-out pairs, reshuffled when used up."""
+    pool = fuse_pool(context)
+    generator = context.generator(stage)
+    size = min(batch_size, len(pool))
+    order: list[int] = []
+    while len(order) < steps * size:
+        order += torch.randperm(len(pool), generator=generator).tolist()
+    pad_id = context.data.tokenizer.pad_token_id
+    return DataLoader(
+        pool,  # type: ignore[arg-type]  # a sequence is a map-style dataset
+        batch_sampler=[order[i * size : (i + 1) * size] for i in range(steps)],
+        collate_fn=lambda pairs: collate(pairs, pad_id),
+        generator=generator,
+    )
+
+
+def start_divergence(context: RoundContext, recipe: Recipe) -> float:
+    """Estimate KL(merge || starting policy) in nats a sequence on the round's held-out prompts."""
+    tokenizer = context.data.tokenizer
+    prompts = context.data.fuse_prompts(context.round_index)
+    budget = max(len(pair.chosen_ids) for pair in fuse_pool(context))
+    context.load(recipe)
+    with context.fabric.autocast():
+        completions = sample_completions(
+            context.policy, tokenizer, prompts, samples=1, max_new_tokens=budget,
+            key=context.key("guard"),
+        )  # fmt: skip
+        context.load(one_hot(0))
+        start = score_completions(context.policy, completions, pad_id=tokenizer.pad_token_id)
+    return float(torch.tensor([c.logps for c in completions]).sub(start).mean())

@@ -1,0 +1,280 @@
+"""The end of a round: stages in one order, each complete or absent on disk.
+
+Every callback of this package contributes stages. The first of them in a trainer calls
+:func:`finish_round`; what the manifest records as complete is not done again, so a run that was
+killed anywhere goes on with the stage that was cut off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from tpmm_pl.fabric import fabric_like
+from tpmm_pl.models.weights import become, materialise
+from tpmm_pl.rounds import RoundSchedule, one_hot, run_seed
+from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import HasPolicy, HasReference, InputError, Recipe
+
+STAGES = (
+    "protect",
+    "snapshot",
+    "fuse_pairs",
+    "fuse",
+    "evaluate",
+    "ship",
+    "evaluate_ship",
+    "export",
+    "next_policy",
+    "pairs",
+    "checkpoint",
+)
+"""The order. ``protect`` and ``checkpoint`` are the two checkpoints around the rest."""
+
+_IN_MEMORY = frozenset({"protect", "next_policy", "checkpoint"})
+_ONLY_LAST = frozenset({"ship", "evaluate_ship", "export"})
+_ONLY_BETWEEN = frozenset({"next_policy", "pairs", "checkpoint"})
+
+
+@dataclass
+class RoundContext:
+    """What the stages of a round's end work on; made by a trainer's hook or by hand.
+
+    Args:
+        policy: The module whose weights are the policy.
+        store: The trajectory on disk.
+        round_index: The round just finished; 0 before the first.
+        final: Whether no round follows.
+        seed: Of everything random in the stages.
+        data: Where prompts, pairs and the tokenizer come from.
+        receiver: Told the new reference if it is a :class:`tpmm_pl.types.HasReference`.
+        fabric: Devices and precision of passes and fits.
+        optimizers: Reset when the next policy is set.
+        trainer: Saved by the checkpoint stages; absent in a loop of one's own.
+        log: Takes metrics as they come.
+    """
+
+    policy: nn.Module
+    store: TrajectoryStore
+    round_index: int
+    final: bool = False
+    seed: int = 0
+    data: Any = None
+    receiver: Any = None
+    fabric: Fabric = field(default_factory=lambda: Fabric(accelerator="cpu", devices=1))
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+    trainer: Trainer | None = None
+    log: Callable[[Mapping[str, float]], None] = lambda metrics: None
+    next_policy: Recipe | None = None
+    """Set by the stage of that name; the newest snapshot otherwise."""
+    _holds: tuple[str, Recipe] | None = None
+
+    def key(self, stage: str) -> str:
+        """Name the random draws of a stage."""
+        return f"{self.seed}/{self.round_index}/{stage}"
+
+    def generator(self, stage: str) -> torch.Generator:
+        """Return a generator that depends on (seed, round, stage) only."""
+        digest = sha256(self.key(stage).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def load(self, recipe: Recipe) -> None:
+        """Make the policy's module compute as a recipe does."""
+        if self._holds != ("exact", recipe):
+            materialise(self.policy, self.store, recipe)
+            self._holds = ("exact", recipe)
+
+    def forget(self) -> None:
+        """Say that the module holds something that is no recipe."""
+        self._holds = ("unknown", one_hot(self.round_index))
+
+    def load_policy(self) -> None:
+        """Put the policy of this round back."""
+        self.load(one_hot(self.round_index))
+
+    def set_next_policy(self, recipe: Recipe) -> float:
+        """Make a recipe the policy of the next round; return the relative error of doing so."""
+        self.next_policy = recipe
+        error = become(self.policy, self.store, recipe)
+        self._holds = ("cut", recipe) if error else ("exact", recipe)
+        return error
+
+    def put_back(self) -> None:
+        """Leave in the module what trains next: the next policy, or this round's."""
+        if self.next_policy is None:
+            if self._holds is not None:
+                self.load_policy()
+        elif self._holds is None or self._holds[1] != self.next_policy:
+            self.set_next_policy(self.next_policy)
+
+
+Stage = Callable[[RoundContext], None]
+
+
+def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> None:
+    """Run the stages of a round's end that are not complete, in their one order.
+
+    Args:
+        callbacks: Whose stages; a stage of several callbacks runs in their order.
+        context: The round. ``policy`` holds the trained weights of the round when its snapshot is
+            not on disk yet, and the weights to train next when this returns.
+    """
+    training = context.policy.training
+    for name in _due(callbacks, context.store, context.round_index, context.final):
+        if name == "checkpoint":
+            _settle(callbacks, context)
+        started = time.perf_counter()
+        for callback in callbacks:
+            if name in callback.stages():
+                callback.stages()[name](context)
+        if name not in _IN_MEMORY:
+            seconds = round(time.perf_counter() - started, 3)
+            context.store.update(context.round_index, seconds={name: seconds})
+    _settle(callbacks, context)
+    context.policy.train(training)
+
+
+def _due(
+    callbacks: Sequence[RoundCallback], store: TrajectoryStore, round_index: int, final: bool
+) -> list[str]:
+    offered = {name for callback in callbacks for name in callback.stages()}
+    wanted = offered - (_ONLY_BETWEEN if final else _ONLY_LAST)
+    complete = set(store.record(round_index).seconds) - _IN_MEMORY
+    return [name for name in STAGES if name in wanted - complete]
+
+
+def _settle(callbacks: Sequence[RoundCallback], context: RoundContext) -> None:
+    context.put_back()
+    if isinstance(context.receiver, HasReference):
+        recipe = context.store.record(context.round_index).recipe
+        context.receiver.use_reference(recipe, context.store)
+    if not context.final:
+        # the last round stays open, so that a run extended by more rounds goes on from it
+        for callback in callbacks:
+            callback.finished_rounds = context.round_index
+
+
+class RoundCallback(Callback):
+    """A callback with stages of a round's end; the first one in a trainer runs them all.
+
+    A round is ``epochs_per_round`` epochs of the module (1 where it has no such attribute).
+    """
+
+    def __init__(self) -> None:
+        self.finished_rounds = -1
+        self.store: TrajectoryStore | None = None
+
+    def stages(self) -> dict[str, Stage]:
+        """Return what this callback contributes, by the names of ``STAGES``."""
+        return {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make record 0 and the first pairs; a resumed fit only checks the manifest."""
+        if not self._leads(trainer):
+            return
+        store = _store(trainer)
+        if trainer.ckpt_path is not None:
+            if not store.rounds:
+                raise InputError(f"the checkpoint {trainer.ckpt_path} has no {store.manifest}")
+            return
+        if any(record.round > 0 for record in store.rounds):
+            raise InputError(
+                f"{store.root} holds the trajectory of another run; resume that run from its "
+                "checkpoint or choose another folder"
+            )
+        self._finish(trainer, pl_module, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """On a resume, forget what the checkpoint has not reached and finish what it has."""
+        if self._leads(trainer) and trainer.ckpt_path is not None:
+            rounds = _schedule(pl_module).finished(trainer.current_epoch)
+            _store(trainer).forget_after(rounds)
+            if rounds > self.finished_rounds:
+                self._finish(trainer, pl_module, rounds)
+            elif isinstance(pl_module, HasReference):
+                store = _store(trainer)
+                pl_module.use_reference(store.record(rounds).recipe, store)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the round after its last epoch."""
+        schedule = _schedule(pl_module)
+        epochs = trainer.current_epoch + 1
+        if self._leads(trainer) and epochs % schedule.epochs_per_round == 0:
+            self._finish(trainer, pl_module, schedule.finished(epochs))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the last round where a resumed fit had nothing left to train."""
+        rounds = _schedule(pl_module).finished(trainer.current_epoch)
+        done = trainer.max_epochs is not None and trainer.current_epoch >= trainer.max_epochs
+        callbacks = _round_callbacks(trainer)
+        disk_stages = set(_due(callbacks, _store(trainer), rounds, final=True)) - _IN_MEMORY
+        if self._leads(trainer) and done and disk_stages:
+            self._finish(trainer, pl_module, rounds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many rounds the checkpoint has finished."""
+        return {"finished_rounds": self.finished_rounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over how many rounds the checkpoint has finished."""
+        self.finished_rounds = state_dict["finished_rounds"]
+
+    def _leads(self, trainer: Trainer) -> bool:
+        return self is _round_callbacks(trainer)[0]
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, rounds: int) -> None:
+        if not isinstance(pl_module, HasPolicy):
+            raise InputError(f"{type(pl_module).__name__} has no attribute `policy` to snapshot")
+        last = _schedule(pl_module).finished(trainer.max_epochs or 0)
+
+        def log(metrics: Mapping[str, float]) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(metrics), step=trainer.global_step)
+
+        context = RoundContext(
+            policy=pl_module.policy,
+            store=_store(trainer),
+            round_index=rounds,
+            final=rounds >= last,
+            seed=run_seed(),
+            data=trainer.datamodule,  # type: ignore[attr-defined]
+            receiver=pl_module,
+            fabric=fabric_like(trainer),
+            optimizers=trainer.optimizers,
+            trainer=trainer,
+            log=log,
+        )
+        finish_round(_round_callbacks(trainer), context)
+
+
+def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer's state to zero in place, as if it had never stepped."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def _round_callbacks(trainer: Trainer) -> list[RoundCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, RoundCallback)]  # type: ignore[attr-defined]
+
+
+def _schedule(pl_module: LightningModule) -> RoundSchedule:
+    return RoundSchedule(getattr(pl_module, "epochs_per_round", 1))
+
+
+def _store(trainer: Trainer) -> TrajectoryStore:
+    leader = _round_callbacks(trainer)[0]
+    root = Path(trainer.default_root_dir) / "trajectory"
+    if leader.store is None or leader.store.root != root:
+        leader.store = TrajectoryStore(root)
+    return leader.store

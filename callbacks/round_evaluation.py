@@ -1,0 +1,216 @@
+"""Every round's policy and merge, measured; one printed row a round."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.data.pairs import read_pairs, write_pairs
+from tpmm_pl.evaluation import (
+    Answers,
+    accuracy_metrics,
+    table_header,
+    table_row,
+    win_metrics,
+)
+from tpmm_pl.files import write_text
+from tpmm_pl.models.scoring import score_completions, score_pairs
+from tpmm_pl.pairing import LabelNoise, pair_completions
+from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.rounds import one_hot
+from tpmm_pl.types import Judge, Pair, Prompt, Recipe
+
+Contenders = dict[str, Recipe]
+
+
+class RoundEvaluation(RoundCallback):
+    """Measures the policy and the merge after every round, and what may be shipped at the end.
+
+    On the data's evaluation prompts: scores by the judges, win rates against the start and the
+    previous policy, KL to the start, length. On its held-out pairs: accuracy of the implicit
+    reward against the start; where the data brings no pairs but a gold judge is given, pairs are
+    sampled from the start and labelled without noise. The same noise is used in all rounds, so
+    comparisons are paired.
+
+    Args:
+        gold: The judge that training never sees.
+        proxy: The judge that labels training pairs.
+        max_new_tokens: Budget of a completion.
+        temperature: Of sampling; greedy answers are added for what may be shipped.
+        batch_size: Completions generated at once.
+    """
+
+    def __init__(
+        self,
+        gold: Judge | None = None,
+        proxy: Judge | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        judges = {"gold": gold, "proxy": proxy}
+        self.judges = {name: judge for name, judge in judges.items() if judge is not None}
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.batch_size = batch_size
+
+    def stages(self) -> dict[str, Stage]:
+        """Return the stages that measure a round and what may be shipped."""
+        return {"evaluate": self.evaluate, "evaluate_ship": self.evaluate_ship}
+
+    def evaluate(self, context: RoundContext) -> None:
+        """Measure the policy and the merge, write metrics and scores, print the row."""
+        index, store = context.round_index, context.store
+        policy = one_hot(index)
+        contenders = {"": policy}
+        recipe = store.record(index).recipe
+        if recipe is not None and len(recipe.snapshots) > 1:
+            contenders["merge/"] = recipe
+        if index == 0:
+            self._write_held_out_pairs(context)
+        answers = self._answers(context, contenders, self.temperature)
+        metrics = self._accuracies(context, contenders) if index else {}
+        for (prefix, domain), answer in answers.items():
+            found = answer.metrics(domain) | self._wins(context, answer, domain)
+            metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        scores = {f"{prefix}{domain}": a.scores for (prefix, domain), a in answers.items()}
+        write_text(store.folder(index) / "scores.json", json.dumps(scores))
+        store.update(index, metrics=metrics)
+        context.log(metrics)
+        self._print_row(context)
+
+    def evaluate_ship(self, context: RoundContext) -> None:
+        """Measure the last policy and every recipe that may be shipped, sampled and greedy."""
+        index, store = context.round_index, context.store
+        ship = {name: r for name, r in store.record(index).ship.items() if name != "chosen"}
+        contenders = {"last": one_hot(index), **ship}
+        metrics: dict[str, float] = {}
+        for mode, temperature in (("sampled", self.temperature), ("greedy", 0.0)):
+            for (name, domain), answer in self._answers(context, contenders, temperature).items():
+                found = answer.metrics(domain)
+                metrics |= {f"ship/{name}/{mode}/{m}": value for m, value in found.items()}
+        store.update(index, metrics=metrics)
+        context.log(metrics)
+        _print_shipped(metrics, list(contenders))
+
+    def _answers(
+        self, context: RoundContext, contenders: Contenders, temperature: float
+    ) -> dict[tuple[str, str], Answers]:
+        if not self.judges:
+            return {}
+        prompts: dict[str, list[Prompt]] = dict(context.data.eval_prompts())
+        answers = {}
+        for name, recipe in contenders.items():
+            context.load(recipe)
+            for domain, asked in prompts.items():
+                answers[name, domain] = self._answer(context, asked, domain, temperature)
+        context.load(one_hot(0))
+        pad_id = context.data.tokenizer.pad_token_id
+        for answer in answers.values():
+            with context.fabric.autocast():
+                logps = score_completions(context.policy, answer.completions, pad_id=pad_id)
+            answer.start_logps = logps.tolist()
+        return answers
+
+    def _answer(
+        self, context: RoundContext, prompts: list[Prompt], domain: str, temperature: float
+    ) -> Answers:
+        with context.fabric.autocast():
+            completions = sample_completions(
+                context.policy,
+                context.data.tokenizer,
+                prompts,
+                samples=1,
+                max_new_tokens=self.max_new_tokens,
+                temperature=temperature,
+                key=f"{context.seed}/evaluation/{domain}",
+                batch_size=self.batch_size,
+                title=f"round {context.round_index}: evaluating {domain}",
+            )
+        scores = {name: judge(completions) for name, judge in self.judges.items()}
+        return Answers(completions, scores)
+
+    def _wins(self, context: RoundContext, answer: Answers, domain: str) -> dict[str, float]:
+        judge = next(iter(answer.scores))
+        found: dict[str, float] = {}
+        opponents = {"sft": 0, "previous": context.round_index - 1}
+        for opponent, index in opponents.items():
+            if context.round_index > 0:
+                file = context.store.folder(index) / "scores.json"
+                theirs = json.loads(file.read_text(encoding="utf-8"))[domain][judge]
+                found |= win_metrics(answer.scores[judge], theirs, opponent, domain)
+        return found
+
+    def _accuracies(self, context: RoundContext, contenders: Contenders) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        files = sorted(context.store.folder(0).glob("held_out_*.parquet"))
+        pairs = {file.stem.removeprefix("held_out_"): read_pairs(file) for file in files}
+        for prefix, recipe in contenders.items():
+            for domain, known in pairs.items():
+                context.load(recipe)
+                logps = self._score(context, known)
+                found = accuracy_metrics(known, logps, domain)
+                metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+        return metrics
+
+    def _write_held_out_pairs(self, context: RoundContext) -> None:
+        context.load(one_hot(0))
+        known = dict(context.data.eval_pairs()) or self._clean_pairs(context)
+        for domain, pairs in known.items():
+            logps = self._score(context, pairs)
+            columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
+            scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
+            write_pairs(context.store.folder(0) / f"held_out_{domain}.parquet", scored)
+
+    def _clean_pairs(self, context: RoundContext) -> dict[str, list[Pair]]:
+        if "gold" not in self.judges:
+            return {}
+        pairs = {}
+        for domain, prompts in context.data.eval_prompts().items():
+            key = f"{context.seed}/held_out/{domain}"
+            completions = sample_completions(
+                context.policy, context.data.tokenizer, prompts, samples=2,
+                max_new_tokens=self.max_new_tokens, key=key, batch_size=self.batch_size,
+            )  # fmt: skip
+            pairs[domain] = pair_completions(
+                completions,
+                self.judges["gold"](completions),
+                method="best_worst",
+                noise=LabelNoise(),
+                generator=context.generator("held_out"),
+            )
+        return pairs
+
+    def _score(self, context: RoundContext, pairs: list[Pair]):  # type: ignore[no-untyped-def]
+        pad_id = context.data.tokenizer.pad_token_id
+        with context.fabric.autocast():
+            return score_pairs(context.policy, pairs, pad_id=pad_id, batch_size=self.batch_size)
+
+    @rank_zero_only
+    def _print_row(self, context: RoundContext) -> None:
+        records = context.store.rounds
+        columns = {name: 0.0 for record in records for name in record.metrics}
+        if context.round_index == 0:
+            return
+        if context.round_index == 1:
+            print(table_header(columns))
+            print(table_row(records[0], columns))
+        print(table_row(records[context.round_index], columns), flush=True)
+
+
+@rank_zero_only
+def _print_shipped(metrics: dict[str, float], names: list[str]) -> None:
+    domains = ("in_domain", "out_of_domain")
+    columns = [(mode, domain) for mode in ("sampled", "greedy") for domain in domains]
+    for judge in ("gold", "proxy"):
+        if f"ship/last/sampled/{judge}/in_domain" not in metrics:
+            continue
+        print(f"\n{judge:>8} of what may be shipped: sampled in / out of domain, greedy in / out")
+        for name in names:
+            values = [metrics.get(f"ship/{name}/{m}/{judge}/{d}") for m, d in columns]
+            cells = [f"{'-' if v is None else f'{v:.3f}':>7}" for v in values]
+            print(f"{name:>8} {' '.join(cells)}", flush=True)

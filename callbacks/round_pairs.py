@@ -1,0 +1,114 @@
+"""Pairs of a round, scored once under its reference."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.data.pairs import read_pairs, write_pairs
+from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.rounds import one_hot
+from tpmm_pl.types import InputError, Pair, Recipe, RunError
+
+
+class RoundPairs(RoundCallback):
+    """Writes the next round's pairs with their reference log-probabilities, and fuse pairs.
+
+    Args:
+        score_batch_size: Pairs a batch of the pass without gradients.
+        train_on_fuse_pairs: Add the held-out pairs to the next round's training pairs. This is
+            the control that gives a baseline the same information; with the strategy ``learned``
+            it leaks, and is refused.
+    """
+
+    def __init__(self, score_batch_size: int = 128, train_on_fuse_pairs: bool = False) -> None:
+        super().__init__()
+        self.score_batch_size = score_batch_size
+        self.train_on_fuse_pairs = train_on_fuse_pairs
+
+    @abstractmethod
+    def training_pairs(self, context: RoundContext, round_index: int) -> list[Pair]:
+        """Return the pairs of a coming round; the module holds the policy that starts it."""
+
+    @abstractmethod
+    def held_out_pairs(self, context: RoundContext) -> list[Pair]:
+        """Return new fuse pairs made after a round; the module holds that round's policy."""
+
+    def stages(self) -> dict[str, Stage]:
+        """Return the stages that write fuse pairs and training pairs."""
+        return {"fuse_pairs": self.write_fuse_pairs, "pairs": self.write_training_pairs}
+
+    def write_fuse_pairs(self, context: RoundContext) -> None:
+        """Write this round's held-out pairs, scored under the starting policy."""
+        context.load_policy()
+        if self.train_on_fuse_pairs:
+            context.store.update(0, notes={"control": "fuse pairs are trained on"})
+        pairs = self.held_out_pairs(context)
+        if pairs:
+            scored = self._scored(context, pairs, one_hot(0))
+            path = context.store.folder(context.round_index) / "fuse.parquet"
+            write_pairs(path, scored)
+            context.store.update(context.round_index, fuse=context.store.relative(path))
+
+    def write_training_pairs(self, context: RoundContext) -> None:
+        """Write the next round's pairs, scored under its reference.
+
+        Raises:
+            RunError: If there is no pair.
+        """
+        index = context.round_index
+        context.put_back()
+        pairs = self.training_pairs(context, index + 1)
+        fuse = context.store.record(index).fuse
+        if self.train_on_fuse_pairs and fuse is not None:
+            pairs = pairs + read_pairs(context.store.path(fuse))
+        if not pairs:
+            raise RunError(
+                f"round {index + 1} has no pairs: every candidate was a tie or a repetition; raise "
+                "samples or temperature and resume with --ckpt_path last"
+            )
+        size = getattr(context.data, "batch_size", 1)
+        if len(pairs) < size:
+            warnings.warn(
+                f"round {index + 1} trains on {len(pairs)} pairs, fewer than a batch of {size}",
+                stacklevel=2,
+            )
+        recipe = context.store.record(index).recipe or one_hot(0)
+        path = context.store.folder(index) / "pairs.parquet"
+        write_pairs(path, self._scored(context, pairs, recipe))
+        context.store.update(index, pairs=context.store.relative(path))
+        context.log({"pairs/count": len(pairs), "pairs/flipped": _share_flipped(pairs)})
+
+    def _scored(self, context: RoundContext, pairs: Sequence[Pair], recipe: Recipe) -> list[Pair]:
+        context.load(recipe)
+        pad_id = context.data.tokenizer.pad_token_id
+        with context.fabric.autocast():
+            logps = score_pairs(
+                context.policy, pairs, pad_id=pad_id, batch_size=self.score_batch_size
+            )
+        columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
+        return [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
+
+
+def fuse_pool(context: RoundContext) -> list[Pair]:
+    """Return all held-out pairs up to a round.
+
+    Raises:
+        InputError: If there are none.
+    """
+    records = [r for r in context.store.rounds if r.round <= context.round_index and r.fuse]
+    pairs = [pair for r in records for pair in read_pairs(context.store.path(str(r.fuse)))]
+    if not pairs:
+        raise InputError(
+            f"the strategy learned needs held-out pairs, and {Path(context.store.root)} has none; "
+            "give a data set with a fuse split, or choose another strategy"
+        )
+    return pairs
+
+
+def _share_flipped(pairs: Sequence[Pair]) -> float:
+    return sum(pair.flipped for pair in pairs) / len(pairs)

@@ -1,0 +1,1 @@
+"""Preference alignment that stays good in late rounds."""

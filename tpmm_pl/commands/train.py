@@ -1,0 +1,139 @@
+"""``tpmm fit | validate | test | predict``: LightningCLI over a run folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
+
+from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
+from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
+from tpmm_pl.report.figures import gold_proxy_figure
+from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import InputError, RunError
+
+CALLBACK_GROUPS = ("snapshot", "reference", "pairs", "evaluation", "export", "checkpoint")
+"""Named optional callbacks of a config; one flag reaches each: ``--reference.strategy last``."""
+
+logger = logging.getLogger("tpmm_pl")
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI whose trainer writes one run folder, ``trainer.default_root_dir``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the named callbacks and ``--overwrite``."""
+        for name in CALLBACK_GROUPS:
+            parser.add_subclass_arguments(Callback, name, required=False)
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="start over in a folder that is in use"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a folder in use, before anything is loaded; find the checkpoint."""
+        settings = self.config[self.subcommand]
+        root = settings.trainer.default_root_dir
+        if root is None:
+            raise InputError("set trainer.default_root_dir, the folder of the run")
+        self._follow_rounds(settings.trainer)
+        if self.subcommand == "fit":
+            folder = RunFolder(Path(root))
+            text = self._parser(self.subcommand).dump(settings, skip_none=False)
+            settings.ckpt_path = folder.begin(
+                yaml.safe_load(text),
+                ckpt_path=settings.ckpt_path,
+                overwrite=settings.overwrite,
+                rounds=self._model_setting("rounds"),
+            )
+            folder.log_to_file()
+
+    def after_fit(self) -> None:
+        """Draw the figure of the run."""
+        root = Path(self.trainer.default_root_dir)
+        store = TrajectoryStore(root / "trajectory")
+        recipe = store.rounds[-1].recipe if store.rounds else None
+        if recipe is not None and self.trainer.is_global_zero:
+            figure = root / "figures" / "gold_proxy.png"
+            if gold_proxy_figure(store.rounds, figure, f"{root.name}: reference {recipe.strategy}"):
+                print(f"figure: {figure}")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        named = [self._get(self.config_init, name) for name in CALLBACK_GROUPS]
+        callbacks = [*callbacks, *(callback for callback in named if callback is not None)]
+        if config["logger"] in (None, True):
+            root = config["default_root_dir"]
+            config["logger"] = TensorBoardLogger(root, name="tensorboard", version="")
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        config["plugins"] = [*plugins, AtomicCheckpointIO()]
+        trainer: Trainer = super()._instantiate_trainer(config, callbacks)
+        return trainer
+
+    def _follow_rounds(self, trainer: Any) -> None:
+        rounds = self._model_setting("rounds")
+        if rounds is None:
+            return
+        if trainer.max_steps != -1 or trainer.max_epochs is not None:
+            raise InputError(
+                "trainer.max_steps and trainer.max_epochs follow from model.rounds and "
+                "model.epochs_per_round; set those instead"
+            )
+        trainer.max_epochs = rounds * (self._model_setting("epochs_per_round") or 1)
+        trainer.reload_dataloaders_every_n_epochs = 1
+
+    def _model_setting(self, name: str) -> int | None:
+        value: int | None = self.config[self.subcommand].model.init_args.get(name)
+        return value
+
+
+def train() -> None:
+    """Run the subcommand in ``sys.argv``.
+
+    Raises:
+        InputError: If the configuration or its input is at fault.
+        RunError: If the run failed; the traceback is in ``run.log``.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    warnings.showwarning = _show_warning
+    defaults = {
+        "enable_progress_bar": sys.stderr.isatty(),
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 5,
+    }
+    try:
+        RunCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults=defaults,
+        )
+    except RunFinishedError as finished:
+        print(finished)
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        logger.error("the run failed", exc_info=True)
+        raise RunError(f"{type(error).__name__}: {error} (traceback in run.log)") from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    # one line without the source: the sentences are for users
+    text = f"{category.__name__}: {message}"
+    logger.warning(text)
+    print(text, file=sys.stderr)

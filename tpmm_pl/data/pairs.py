@@ -1,0 +1,96 @@
+"""Pairs on disk: one parquet file a round, complete or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tpmm_pl.files import replacing
+from tpmm_pl.types import InputError, Pair
+
+_TOKENS = pa.list_(pa.int32())
+
+# text and tokens: a text need not re-tokenise to the tokens that were sampled
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("prompt_ids", _TOKENS),
+        ("chosen_ids", _TOKENS),
+        ("rejected_ids", _TOKENS),
+        ("score_chosen", pa.float64()),
+        ("score_rejected", pa.float64()),
+        ("flipped", pa.bool_()),
+        ("weight", pa.float64()),
+        ("ref_chosen_logps", pa.float64()),
+        ("ref_rejected_logps", pa.float64()),
+    ]
+)
+"""Columns of a pairs file, the fields of :class:`tpmm_pl.types.Pair` in order."""
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs as parquet, atomically; every value survives bit for bit.
+
+    Args:
+        path: The file to make or replace.
+        pairs: What to write; may be empty.
+    """
+    arrays = [
+        pa.array([getattr(pair, field.name) for pair in pairs], type=field.type) for field in SCHEMA
+    ]
+    with replacing(path) as beside:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), beside)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Read what :func:`write_pairs` wrote.
+
+    Raises:
+        InputError: If the file is missing, is no parquet file, or has other columns.
+    """
+    return [_pair(row) for row in _read_table(path).to_pylist()]
+
+
+def _read_table(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"no pairs file at {path}; check the path, or make the pairs first")
+    try:
+        # ParquetFile, not read_table: that one would read "round=1/" in a path as a column
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as parquet ({_first_line(error)}); delete it and make it again"
+        ) from error
+    names = set(table.column_names)
+    missing = [name for name in SCHEMA.names if name not in names]
+    extra = sorted(names.difference(SCHEMA.names))
+    if missing or extra or len(names) != len(table.column_names):
+        raise InputError(
+            f"{path} is not a file of pairs: columns missing {missing}, unknown {extra};"
+            " give preference data as JSONL and let the pairs be made from it"
+        )
+    try:
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{path} is not a file of pairs: {_first_line(error)}; make it again"
+        ) from error
+    if empty := [name for name in SCHEMA.names if table.column(name).null_count]:
+        raise InputError(f"{path} has missing values in {empty}; make it again")
+    return table
+
+
+def _pair(row: dict[str, Any]) -> Pair:
+    tokens = {name: tuple(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    return Pair(**(row | tokens))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

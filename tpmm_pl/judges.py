@@ -1,0 +1,78 @@
+"""Judges that score completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tpmm_pl.models.load import load_reward_model
+from tpmm_pl.types import Completion
+
+
+class RewardModelJudge:
+    """A Hugging Face sequence-classification model with one score.
+
+    Text is scored, not tokens: the judge has a tokenizer and chat template of its own, which need
+    not be the policy's. The model is loaded when the first completion is scored.
+
+    Args:
+        name_or_path: Hub id or folder.
+        max_length: Tokens of prompt and completion; the end is kept.
+        batch_size: Completions scored at once.
+        dtype: Of the weights.
+        device: Where it runs; by default on the accelerator where there is one.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        max_length: int = 2048,
+        batch_size: int = 32,
+        dtype: str = "float32",
+        device: str | None = None,
+    ) -> None:
+        self.name_or_path = name_or_path
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.dtype = dtype
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._loaded: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
+        """Return the model's score of each completion in its conversation."""
+        if self._loaded is None:
+            model, tokenizer = load_reward_model(self.name_or_path, dtype=self.dtype)
+            tokenizer.truncation_side = "left"
+            self._loaded = model.to(self.device), tokenizer
+        model, tokenizer = self._loaded
+        texts = [self._text(completion, tokenizer) for completion in completions]
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            inputs = tokenizer(
+                [texts[index] for index in chosen],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                add_special_tokens=tokenizer.chat_template is None,
+                return_tensors="pt",
+            ).to(self.device)
+            values = model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+            ).logits.squeeze(-1)
+            for index, value in zip(chosen, values.float().tolist(), strict=True):
+                scores[index] = value
+        return scores
+
+    @staticmethod
+    def _text(completion: Completion, tokenizer: Any) -> str:
+        messages = completion.prompt.messages
+        if messages is None or tokenizer.chat_template is None:
+            return completion.prompt.text + completion.text
+        answer = {"role": "assistant", "content": completion.text}
+        text: str = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+        return text

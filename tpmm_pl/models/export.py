@@ -1,0 +1,91 @@
+"""Models as Hugging Face folders, complete or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tpmm_pl.types import StateDict
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: StateDict | None,
+    out: Path,
+) -> None:
+    """Write model, tokenizer and generation settings as ``from_pretrained`` reads them.
+
+    The folder is written beside and renamed; one that is there is replaced only then.
+
+    Args:
+        model: The model; of a PeftModel the active adapter is written, in a folder ``peft`` reads.
+        tokenizer: Its tokenizer.
+        state: Weights to write in place of the model's own, by the names of its ``state_dict``;
+            cast to the model's dtypes. The model itself is not changed. Not for a PeftModel.
+        out: The folder to make or replace.
+
+    Raises:
+        ValueError: If ``state`` lacks a weight, has an unknown one, or one of another shape.
+    """
+    weights = None if state is None else _weights(model, state)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    replaced = out.with_name(f".{out.name}.{os.getpid()}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        if isinstance(model, PeftModel):
+            _save_adapter(model, beside)
+        else:
+            model.save_pretrained(beside, state_dict=weights)
+        tokenizer.save_pretrained(beside)
+        for path in beside.rglob("*"):
+            _flush(path)
+        if out.exists():
+            out.rename(replaced)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _weights(model: PreTrainedModel | PeftModel, state: StateDict) -> dict[str, Tensor]:
+    if isinstance(model, PeftModel):
+        raise ValueError("an adapter is exported as it is; put the state into the model first")
+    own = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if unknown := sorted(set(state) - set(own)):
+        raise ValueError(f"{len(unknown)} weights are not the model's, as {unknown[0]}")
+    if missing := sorted(set(own) - set(state) - tied):
+        raise ValueError(f"{len(missing)} of the model's weights are missing, as {missing[0]}")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"
+            raise ValueError(f"{name} has the shape {shapes}")
+    # tied weights are written once, under the name of their source
+    return {
+        name: tensor.detach().to(own[name].dtype)
+        for name, tensor in state.items()
+        if name not in tied
+    }
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    name = model.active_adapter
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    # peft puts every adapter but "default" into a folder of its name
+    if (named := folder / name).is_dir():
+        for path in named.iterdir():
+            path.rename(folder / path.name)
+        named.rmdir()
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb+") as written:
+            os.fsync(written.fileno())

@@ -1,0 +1,142 @@
+"""Log-probabilities of completions under a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tpmm_pl.data.batching import collate, length_sorted_batches, pad_rows
+from tpmm_pl.logps import completion_logps, completion_tokens, split_pairs
+from tpmm_pl.types import Completion, Pair, PairBatch, PairLogps
+
+
+class PairScorer:
+    """Scores padded pairs; applies the language-model head to completion positions only.
+
+    The backbone and the head are taken apart where that computes what the model's own forward
+    does; models that treat logits further (soft caps, scales) go through their own forward.
+
+    Args:
+        model: A Hugging Face causal language model or a ``PeftModel`` of one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._parts = _backbone_and_head(model)
+
+    def __call__(self, batch: PairBatch) -> PairLogps:
+        """Return the summed log-probabilities in nats of each pair's completions, ``(B,)``."""
+        return split_pairs(self.rows(batch.input_ids, batch.attention_mask, batch.labels))
+
+    def rows(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed log-probability of each row's labelled tokens, ``(N,)`` nats.
+
+        Args:
+            input_ids: ``(N, T)`` int64.
+            attention_mask: ``(N, T)``, 1 on tokens.
+            labels: ``(N, T)`` int64, ``IGNORE_INDEX`` where nothing is scored.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self._parts is None:
+            return completion_logps(self.model(**inputs).logits, labels, nn.Identity())
+        backbone, head = self._parts
+        hidden = backbone(**inputs).last_hidden_state
+        return completion_logps(hidden, labels, head, vocabulary=_rows(head))
+
+
+def pair_tokens(batch: PairBatch) -> PairLogps:
+    """Count the completion tokens of each pair, ``(B,)`` float32 each."""
+    return split_pairs(completion_tokens(batch.labels))
+
+
+def per_token(logps: PairLogps, batch: PairBatch) -> PairLogps:
+    """Divide log-probabilities by the completions' tokens: nats a token, ``(B,)``."""
+    tokens = pair_tokens(batch)
+    return PairLogps(logps.chosen / tokens.chosen, logps.rejected / tokens.rejected)
+
+
+@torch.no_grad()
+def score_pairs(
+    model: nn.Module, pairs: Sequence[Pair], *, pad_id: int, batch_size: int
+) -> PairLogps:
+    """Score all pairs in one pass without gradients, in batches of similar length.
+
+    Args:
+        model: A causal language model; its mode is left as it is.
+        pairs: What to score.
+        pad_id: Token that fills rows.
+        batch_size: Pairs a batch.
+
+    Returns:
+        Log-probabilities in nats, ``(len(pairs),)`` float32 on the CPU, in the order of ``pairs``.
+    """
+    scorer = PairScorer(model)
+    device = next(model.parameters()).device
+    chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
+    for indices in length_sorted_batches(pairs, batch_size):
+        batch = collate([pairs[index] for index in indices], pad_id)
+        logps = scorer(on_device(batch, device))
+        chosen[indices], rejected[indices] = logps.chosen.cpu(), logps.rejected.cpu()
+    return PairLogps(chosen, rejected)
+
+
+@torch.no_grad()
+def score_completions(
+    model: nn.Module, completions: Sequence[Completion], *, pad_id: int, batch_size: int = 256
+) -> Tensor:
+    """Score sampled completions under another model.
+
+    Args:
+        model: A causal language model.
+        completions: Their prompts and tokens are scored.
+        pad_id: Token that fills rows.
+        batch_size: Rows a batch.
+
+    Returns:
+        Log-probabilities in nats, ``(len(completions),)`` float32 on the CPU.
+    """
+    scorer = PairScorer(model)
+    device = next(model.parameters()).device
+    rows = [(c.prompt.ids, c.ids) for c in completions]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    logps = torch.empty(len(rows))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        padded = pad_rows([rows[i] for i in chosen], pad_id)
+        logps[chosen] = scorer.rows(*(tensor.to(device) for tensor in padded)).cpu()
+    return logps
+
+
+def on_device(batch: PairBatch, device: torch.device) -> PairBatch:
+    """Move a batch."""
+    reference = PairLogps(*(tensor.to(device) for tensor in batch.reference))
+    tensors = {
+        name: getattr(batch, name).to(device)
+        for name in ("input_ids", "attention_mask", "labels", "weight")
+    }
+    return PairBatch(**tensors, reference=reference)
+
+
+def _rows(head: nn.Module) -> int:
+    weight: Tensor | None = getattr(head, "weight", None)
+    return 0 if weight is None else weight.shape[0]
+
+
+def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    get_base = getattr(model, "get_base_model", None)
+    inner = model if get_base is None else get_base()
+    backbone = getattr(inner, "base_model", None)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if backbone is None or backbone is inner or head is None:
+        return None
+    device = next(model.parameters()).device
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        whole = model(input_ids=tokens, use_cache=False).logits
+        parts = head(backbone(input_ids=tokens, use_cache=False).last_hidden_state)
+        model.train(training)
+    return (backbone, head) if torch.allclose(whole.float(), parts.float(), atol=1e-5) else None

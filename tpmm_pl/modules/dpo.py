@@ -1,0 +1,161 @@
+"""Training a policy on preference pairs against stored reference log-probabilities."""
+
+from __future__ import annotations
+
+from math import cos, pi
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tpmm_pl.losses import log_ratio_margin, preference_loss
+from tpmm_pl.models.scoring import PairScorer, per_token
+from tpmm_pl.models.source import PolicySource
+from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
+
+
+class DPOModule(LightningModule):
+    """Direct preference optimisation of a policy, round after round in one fit.
+
+    The reference is no second model: its log-probabilities come with the pairs, computed once a
+    round. Callbacks say which recipe they belong to through :meth:`use_reference`.
+
+    Args:
+        policy: Makes the starting policy.
+        optimizer: From parameters to an optimizer; its state is reset after every round.
+        rounds: T; extend a finished run by raising it.
+        epochs_per_round: Passes over a round's pairs.
+        loss: ``sigmoid``, ``cdpo``, ``rdpo`` or ``ipo``, or TRL's name for it.
+        beta: Strength of the pull towards the reference, ``> 0``.
+        label_smoothing: Rate of swapped labels that ``cdpo`` and ``rdpo`` assume.
+        schedule: Of the learning rate within a round.
+        warmup: Share of a round's steps over which the learning rate rises from 0.
+
+    Raises:
+        InputError: If a setting is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySource,
+        optimizer: OptimizerCallable,
+        rounds: int = 8,
+        epochs_per_round: int = 1,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if rounds < 1 or epochs_per_round < 1:
+            raise InputError(
+                f"rounds {rounds} and epochs_per_round {epochs_per_round} must be at least 1"
+            )
+        self.policy_source = policy
+        self.make_optimizer = optimizer
+        self.rounds = rounds
+        self.epochs_per_round = epochs_per_round
+        self.loss = preference_loss(loss, beta=beta, label_smoothing=label_smoothing)
+        self.beta = beta
+        self.schedule = schedule
+        self.warmup = warmup
+        self.reference: Recipe | None = None
+        self.policy: nn.Module
+
+    def configure_model(self) -> None:
+        """Load the starting policy, once."""
+        if not hasattr(self, "policy"):
+            self.policy = self.policy_source.load_model()
+            # an adapter's checkpoint leaves the frozen base model out
+            self.strict_loading = not isinstance(self.policy, PeftModel)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer of the parameters that train."""
+        return self.make_optimizer(p for p in self.policy.parameters() if p.requires_grad)
+
+    def use_reference(self, recipe: Recipe | None, store: TrajectoryStore) -> None:
+        """Take note of the recipe that the pairs' reference log-probabilities come from."""
+        self.reference = recipe
+
+    def on_fit_start(self) -> None:
+        """Take the policy's backbone and head apart once."""
+        self._scorer = PairScorer(self.policy)
+
+    def pair_losses(self, batch: PairBatch) -> tuple[Tensor, PairLogps]:
+        """Return the loss of each pair, ``(B,)``, and the policy's log-probabilities."""
+        policy, reference = self._scorer(batch), batch.reference
+        logps = policy
+        if self.loss.per_token:
+            policy, reference = per_token(policy, batch), per_token(reference, batch)
+        return self.loss.function(policy, reference), logps
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the weighted mean loss of a batch of pairs."""
+        losses, logps = self.pair_losses(batch)
+        loss = (losses * batch.weight).mean()
+        self.log_dict(
+            {"loss": loss.detach(), **self._rewards(logps, batch)}, batch_size=len(losses)
+        )
+        return loss
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Log loss and implicit rewards on held-out pairs."""
+        losses, logps = self.pair_losses(batch)
+        metrics = {"loss": losses.mean(), **self._rewards(logps, batch)}
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, batch_size=len(losses))
+
+    def on_validation_start(self) -> None:
+        """Make scoring possible without a fit."""
+        self._scorer = PairScorer(self.policy)
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """Set the learning rate from the position within the round."""
+        if self.schedule == "constant" and not self.warmup:
+            return
+        steps = max(1, int(self.trainer.num_training_batches) * self.epochs_per_round)
+        epoch_in_round = self.current_epoch % self.epochs_per_round
+        done = epoch_in_round * int(self.trainer.num_training_batches) + batch_idx
+        factor = learning_rate_factor(done / steps, self.schedule, self.warmup)
+        for group in self.trainer.optimizers[0].param_groups:
+            group.setdefault("round_lr", group["lr"])
+            group["lr"] = group["round_lr"] * factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a frozen base model out of the checkpoint."""
+        if not self.strict_loading:
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: t for n, t in state.items() if n in trained}
+
+    def _rewards(self, logps: PairLogps, batch: PairBatch) -> dict[str, Tensor]:
+        policy, reference = PairLogps(*(t.detach() for t in logps)), batch.reference
+        margin = self.beta * log_ratio_margin(policy, reference)
+        return {
+            "rewards/chosen": self.beta * (policy.chosen - reference.chosen).mean(),
+            "rewards/rejected": self.beta * (policy.rejected - reference.rejected).mean(),
+            "rewards/margins": margin.mean(),
+            "rewards/accuracies": (margin > 0).float().mean(),
+            "logps/chosen": policy.chosen.mean(),
+            "logps/rejected": policy.rejected.mean(),
+        }
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
+    """Return the factor on the learning rate at a share of a round, in ``[0, 1]``.
+
+    Args:
+        progress: Share of the round's steps done, in ``[0, 1)``.
+        schedule: ``constant``, or ``linear`` or ``cosine`` down to 0 at the round's end.
+        warmup: Share of the steps over which the factor rises from 0 to 1 first.
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = 1 - (progress - warmup) / (1 - warmup)
+    factors = {"constant": 1.0, "linear": left, "cosine": (1 - cos(pi * left)) / 2}
+    return factors[schedule]

@@ -1,0 +1,238 @@
+"""Learning the coefficients of a merge from preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from tpmm_pl.losses import dpo_loss
+from tpmm_pl.merging import check_grouping
+from tpmm_pl.models.scoring import PairScorer, per_token
+from tpmm_pl.models.source import PolicySource
+from tpmm_pl.models.weights import streamed_merge
+from tpmm_pl.registry import lookup
+from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
+
+Objective = Callable[[PairLogps, PairBatch, float], Tensor]
+
+
+def scorer_dpo(merged: PairLogps, batch: PairBatch, beta: float) -> Tensor:
+    r"""Preference loss of the merged model as the SCORER, ``(B,)`` nats.
+
+    .. math:: -\log\sigma(\beta_f (D(\theta_{merge}) - D(\theta_0)))
+
+    :math:`D` is the log-probability of chosen minus rejected. In the reference's slot of the DPO
+    loss the same merge would be taught to prefer the rejected answers.
+
+    Args:
+        merged: Log-probabilities under the merge, each ``(B,)``.
+        batch: Its ``reference`` holds those under the fixed first snapshot.
+        beta: :math:`\beta_f`.
+    """
+    return dpo_loss(merged, batch.reference, beta=beta)
+
+
+def length_normalised_ranking(merged: PairLogps, batch: PairBatch, beta: float) -> Tensor:
+    r"""Ranking loss on log-probabilities a token, ``(B,)``, without a reference.
+
+    .. math:: -\log\sigma(\beta (\log\pi_c / |c| - \log\pi_r / |r|))
+    """
+    mean = per_token(merged, batch)
+    return -F.logsigmoid(beta * (mean.chosen - mean.rejected))
+
+
+def chosen_nll(merged: PairLogps, batch: PairBatch, beta: float) -> Tensor:
+    """Negative log-likelihood of the chosen completion a token, ``(B,)`` nats; no ``beta``."""
+    return -per_token(merged, batch).chosen
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": scorer_dpo,
+    "ranking": length_normalised_ranking,
+    "nll": chosen_nll,
+}
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """How coefficients are learned.
+
+    Args:
+        objective: ``dpo``, ``ranking`` or ``nll``.
+        beta: Scale of the objective, ``> 0``.
+        constraint: ``simplex`` (softmax) or ``affine`` (rows sum to 1, signs free).
+        grouping: ``model``, ``layer``, ``block`` or ``tensor``: who shares coefficients.
+        lr: Of Adam on the coefficients' parameters; 0.3 for a simplex, 0.02 for affine ones if
+            not given. Rates usual for weights never leave the plain average.
+        steps: At most so many updates.
+        batch_size: Pairs a step.
+        tolerance: The fit ends when no coefficient moved by more within ``patience`` steps.
+        patience: See ``tolerance``, in steps.
+
+    Raises:
+        InputError: If a name is unknown or a number out of range.
+    """
+
+    objective: str = "dpo"
+    beta: float = 0.1
+    constraint: Literal["simplex", "affine"] = "simplex"
+    grouping: str = "model"
+    lr: float | None = None
+    steps: int = 20
+    batch_size: int = 64
+    tolerance: float = 1e-3
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        lookup("fusion objective", self.objective, OBJECTIVES)
+        check_grouping(self.grouping)
+        if self.beta <= 0 or self.steps < 1 or self.batch_size < 1 or (self.lr or 1) <= 0:
+            raise InputError(f"beta, lr, steps and batch_size of a fusion must be positive: {self}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate that is used."""
+        return self.lr or (0.3 if self.constraint == "simplex" else 0.02)
+
+
+class FusionWeights(LightningModule):
+    r"""Coefficients of a merge, learned on held-out pairs; a fresh module is the plain average.
+
+    The policies stay frozen on disk. A step writes the merge into the policy's module, runs one
+    backward pass there and turns the gradient into coefficients' gradients by dot products
+    (:class:`tpmm_pl.streaming.StreamedMerge`). Trains in a Trainer (``configs/fusion.yaml``) or
+    inside another fit, after :meth:`bind`.
+
+    Args:
+        settings: Objective, constraint, groups and the optimizer's numbers.
+        policy: Makes a module to merge into, for a fit of its own.
+        run: Folder of a finished run, for a fit of its own.
+    """
+
+    def __init__(
+        self,
+        settings: FusionSettings | None = None,
+        policy: PolicySource | None = None,
+        run: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.settings = settings or FusionSettings()
+        self.policy_source = policy
+        self.run = run
+        self.objective = OBJECTIVES[self.settings.objective]
+        self.losses: list[float] = []
+        self.path: list[Tensor] = []
+        self.weights: nn.Parameter
+
+    def bind(
+        self, policy: nn.Module, store: TrajectoryStore, snapshots: tuple[int, ...]
+    ) -> FusionWeights:
+        """Attach the sources and the module that the merge is written into.
+
+        Args:
+            policy: Its weights are overwritten by every step; not registered as a submodule.
+            store: Holds the snapshots.
+            snapshots: Which rounds, oldest first, K of them.
+
+        Returns:
+            Itself, with fresh coefficients: the plain average.
+        """
+        self.merge, self.groups = streamed_merge(policy, store, snapshots, self.settings.grouping)
+        self.snapshots = snapshots
+        # kept out of the submodules: the policy is neither trained nor saved here
+        self.__dict__["scorer"] = PairScorer(policy)
+        self.weights = nn.Parameter(torch.zeros(len(self.groups), len(snapshots)))
+        return self
+
+    def configure_model(self) -> None:
+        """Load what a fit of its own works on: the finished trajectory of ``run``."""
+        if hasattr(self, "weights"):
+            return
+        if self.run is None or self.policy_source is None:
+            raise InputError("FusionWeights needs `run` (a finished run's folder) and `policy`")
+        store = TrajectoryStore(self.run / "trajectory")
+        rounds = tuple(record.round for record in store.rounds if record.snapshot)
+        if not rounds:
+            raise InputError(f"{self.run} holds no trajectory; give the folder of a finished run")
+        self.bind(self.policy_source.load_model().to(self.device), store, rounds)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam on the coefficients' parameters."""
+        return torch.optim.Adam([self.weights], lr=self.settings.learning_rate)
+
+    def coefficients(self) -> Tensor:
+        """Return the coefficients, ``(G, K)`` float32; every row sums to 1."""
+        if self.settings.constraint == "simplex":
+            return self.weights.softmax(-1)
+        centred = self.weights - self.weights.mean(-1, keepdim=True)
+        return centred + 1 / centred.shape[-1]
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Update the coefficients on a batch of held-out pairs."""
+        coefficients = self.coefficients()
+        self.merge.write(coefficients)
+        with self.merge.gradient() as gradient:
+            losses = self.objective(self.scorer(batch), batch, self.settings.beta)
+            loss = (losses * batch.weight).mean()
+            self.manual_backward(loss)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        coefficients.backward(gradient.to(coefficients))
+        optimizer.step()  # type: ignore[union-attr]
+        self.losses.append(float(loss))
+        self.path.append(self.coefficients().detach().clone())
+        self.log("fusion/loss", loss.detach(), batch_size=len(losses))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the coefficients have come to rest."""
+        if len(self.path) <= self.settings.patience:
+            return False
+        moved = (self.path[-1] - self.path[-1 - self.settings.patience]).abs().max()
+        return float(moved) < self.settings.tolerance
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """End a fit of its own when the coefficients have come to rest."""
+        self.trainer.should_stop = self.trainer.should_stop or self.finished
+
+    def recipe(self) -> Recipe:
+        """Return the learned merge."""
+        rows = self.coefficients().detach().double()
+        rows = rows / rows.sum(-1, keepdim=True)
+        return Recipe(
+            "learned",
+            self.snapshots,
+            tuple(tuple(row) for row in rows.tolist()),
+            self.settings.grouping,
+            self.groups,
+        )
+
+
+def fit_warning(recipe: Recipe) -> str | None:
+    """Return a sentence if learned coefficients did not move or collapsed, else ``None``."""
+    rows = torch.tensor(recipe.coefficients)
+    count = rows.shape[1]
+    if count < 2:
+        return None
+    if (rows * count - 1).abs().max() <= 0.01:
+        return (
+            f"fusion did not move: all {count} coefficients are within 1 % of uniform; "
+            "raise fusion.lr or fusion.steps"
+        )
+    if rows.max(-1).values.min() > 0.99:
+        newest = int(rows.mean(0).argmax())
+        return (
+            f"fusion collapsed to the snapshot of round {recipe.snapshots[newest]}; "
+            "if that is the newest, check that no snapshot was trained on the fuse pairs"
+        )
+    return None

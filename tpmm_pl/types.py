@@ -1,0 +1,218 @@
+"""The project's words as types.
+
+Legend of shapes used in every docstring:
+
+====  ==================================================================
+B     pairs in a batch
+N     rows of tokens (``2 B``: all chosen rows, then all rejected rows)
+T     tokens in a row, padding included
+V     vocabulary
+H     hidden width
+K     sources of a merge (snapshots or experts)
+G     groups of parameters that share their merge coefficients
+====  ==================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tpmm_pl.trajectory import TrajectoryStore
+
+IGNORE_INDEX = -100
+"""Label of a position that carries no loss (prompt or padding)."""
+
+StateDict = Mapping[str, Tensor]
+
+
+class InputError(ValueError):
+    """The user's mistake: one clear sentence; the command line ends with exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: one clear sentence; the command line ends with exit code 1."""
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities in nats of the two completions of each pair, each ``(B,)`` float32."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+class PairBatch(NamedTuple):
+    """Padded pairs; rows ``0..B-1`` are the chosen, rows ``B..2B-1`` the rejected sequences."""
+
+    input_ids: Tensor
+    """``(N, T)`` int64, right-padded."""
+    attention_mask: Tensor
+    """``(N, T)`` int64, 1 on tokens."""
+    labels: Tensor
+    """``(N, T)`` int64; ``IGNORE_INDEX`` marks prompt and padding."""
+    weight: Tensor
+    """``(B,)`` float32."""
+    reference: PairLogps
+    """``(B,)`` each; NaN where the pair has not been scored under a reference."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a completion answers."""
+
+    prompt_id: str
+    text: str
+    """As the model sees it: after the chat template."""
+    ids: tuple[int, ...]
+    messages: tuple[Mapping[str, str], ...] | None = None
+    """The conversation (role, content) behind ``text``; other models apply their own template."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    prompt: Prompt
+    index: int
+    """Which of the K samples of its prompt."""
+    ids: tuple[int, ...]
+    """Sampled tokens, the end-of-sequence token included where it was sampled."""
+    text: str
+    finished: bool
+    """Whether the end-of-sequence token was sampled within the budget."""
+    logps: float
+    """Log-probability in nats under the model and temperature that sampled it."""
+
+
+class Judge(Protocol):
+    """Scores completions; higher is better."""
+
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
+        """Return one score a completion, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: the chosen completion of a prompt was judged better than the rejected."""
+
+    prompt_id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    score_chosen: float = nan
+    score_rejected: float = nan
+    flipped: bool = False
+    weight: float = 1.0
+    ref_chosen_logps: float = nan
+    ref_rejected_logps: float = nan
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge of snapshots: which ones, and one coefficient a group of parameters and snapshot."""
+
+    strategy: str
+    snapshots: tuple[int, ...]
+    """Rounds whose snapshots are merged, oldest first, length K."""
+    coefficients: tuple[tuple[float, ...], ...] = ((1.0,),)
+    """One row a group, G x K; each row sums to 1."""
+    grouping: str = "model"
+    groups: tuple[str, ...] = field(default=("model",))
+    """Names of the groups, length G, the order of ``coefficients``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Recipe:
+        """Read what :meth:`to_json` wrote; the hash beside it is left to the store."""
+        return cls(
+            strategy=record["strategy"],
+            snapshots=tuple(record["snapshots"]),
+            coefficients=tuple(tuple(row) for row in record["coefficients"]),
+            grouping=record["grouping"],
+            groups=tuple(record["groups"]),
+        )
+
+    def sha256(self, snapshot_hashes: Sequence[str]) -> str:
+        """Hash the canonical JSON of the snapshots' hashes, the groups and the coefficients."""
+        content = {
+            "snapshots": list(snapshot_hashes),
+            "grouping": self.grouping,
+            "groups": list(self.groups),
+            "coefficients": [list(row) for row in self.coefficients],
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@runtime_checkable
+class HasPolicy(Protocol):
+    """Anything that has a policy, the module whose weights are snapshotted."""
+
+    policy: nn.Module
+
+
+@runtime_checkable
+class HasReference(Protocol):
+    """Anything that wants to know the reference."""
+
+    def use_reference(self, recipe: Recipe | None, store: TrajectoryStore) -> None:
+        """Take note of the reference; called whenever the recipe changes.
+
+        Args:
+            recipe: The merge that is the reference from now on; ``None``: the starting policy.
+            store: The trajectory whose snapshots the recipe names.
+        """
+        ...
+
+
+@runtime_checkable
+class OffersPrompts(Protocol):
+    """Data whose pairs are made from the policy's own completions."""
+
+    def train_prompts(self, round_index: int) -> list[Prompt]:
+        """Return the prompts of a round's training pairs."""
+        ...
+
+    def fuse_prompts(self, round_index: int) -> list[Prompt]:
+        """Return the held-out prompts answered by the policy after a round."""
+        ...
+
+
+@runtime_checkable
+class OffersPairs(Protocol):
+    """Data whose pairs were written before the run."""
+
+    def train_pairs(self, round_index: int) -> list[Pair]:
+        """Return the training pairs of a round."""
+        ...
+
+    def fuse_pairs(self) -> list[Pair]:
+        """Return the held-out pairs that coefficients are learned on."""
+        ...
+
+
+class OffersEvaluation(Protocol):
+    """Data that policies are evaluated on, by domain (``in_domain``, ``out_of_domain``)."""
+
+    def eval_prompts(self) -> Mapping[str, list[Prompt]]:
+        """Return prompts to answer; empty where nothing is sampled."""
+        ...
+
+    def eval_pairs(self) -> Mapping[str, list[Pair]]:
+        """Return held-out pairs; empty where there are none."""
+        ...
