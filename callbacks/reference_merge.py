@@ -21,6 +21,10 @@ from tpmm_pl.rounds import check_strategy, entropy, fixed_recipe, one_hot
 from tpmm_pl.types import InputError, OffersPrompts, PairBatch, Recipe
 
 
+GUARD_PROMPTS = 64
+"""At most so many prompts are answered to measure the divergence of a learned merge."""
+
+
 class ReferenceMerge(RoundCallback):
     """Makes the reference after every round and sets the policy that trains next.
 
@@ -199,7 +203,7 @@ def fuse_batches(
 def start_divergence(context: RoundContext, recipe: Recipe) -> float:
     """Estimate KL(merge || starting policy) in nats a sequence on the round's held-out prompts."""
     tokenizer = context.data.tokenizer
-    prompts = context.data.fuse_prompts(context.round_index)
+    prompts = context.data.fuse_prompts(context.round_index)[:GUARD_PROMPTS]
     budget = max(len(pair.chosen_ids) for pair in fuse_pool(context))
     context.load(recipe)
     with context.fabric.autocast():

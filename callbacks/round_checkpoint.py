@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
 from tpmm_pl.files import replacing
 
-
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 """Where a run folder has its checkpoint."""
 
@@ -36,14 +35,14 @@ class RoundCheckpoint(RoundCallback, Checkpoint):
     def save(self, context: RoundContext) -> None:
         """Write the checkpoint, except before the first round, where there is nothing to keep."""
         if context.trainer is not None and context.round_index > 0:
-            context.trainer.save_checkpoint(checkpoint_path(context.trainer))
+            context.trainer.save_checkpoint(checkpoint_path(context.trainer), weights_only=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the checkpoint every N steps."""
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            trainer.save_checkpoint(checkpoint_path(trainer))
+            trainer.save_checkpoint(checkpoint_path(trainer), weights_only=False)
 
 
 def checkpoint_path(trainer: Trainer) -> Path:

@@ -172,6 +172,8 @@ class RoundCallback(Callback):
     def __init__(self) -> None:
         self.finished_rounds = -1
         self.store: TrajectoryStore | None = None
+        self._training_seconds = 0.0
+        self._epoch_started: float | None = None
 
     def stages(self) -> dict[str, Stage]:
         """Return what this callback contributes, by the names of ``STAGES``."""
@@ -204,8 +206,14 @@ class RoundCallback(Callback):
                 store = _store(trainer)
                 pl_module.use_reference(store.record(rounds).recipe, store)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the time of training."""
+        self._epoch_started = time.perf_counter()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the round after its last epoch."""
+        if self._epoch_started is not None:
+            self._training_seconds += time.perf_counter() - self._epoch_started
         schedule = _schedule(pl_module)
         epochs = trainer.current_epoch + 1
         if self._leads(trainer) and epochs % schedule.epochs_per_round == 0:
@@ -254,6 +262,9 @@ class RoundCallback(Callback):
             log=log,
         )
         finish_round(_round_callbacks(trainer), context)
+        if self._training_seconds:
+            context.store.update(rounds, seconds={"train": round(self._training_seconds, 3)})
+        self._training_seconds = 0.0
 
 
 def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tpmm_pl.losses import log_ratio_margin
 from tpmm_pl.rounds import entropy
-from tpmm_pl.stats import kl_k1, kl_k3, win_rate, wilson_interval
+from tpmm_pl.stats import kl_k1, kl_k3, wilson_interval, win_rate
 from tpmm_pl.trajectory import Record
 from tpmm_pl.types import Completion, Pair, PairLogps
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from tpmm_pl.models.load import load_reward_model
 from tpmm_pl.types import Completion
@@ -45,8 +46,9 @@ class RewardModelJudge:
         """Return the model's score of each completion in its conversation."""
         if self._loaded is None:
             model, tokenizer = load_reward_model(self.name_or_path, dtype=self.dtype)
+            model = nn.Module.to(model, self.device)
             tokenizer.truncation_side = "left"
-            self._loaded = model.to(self.device), tokenizer
+            self._loaded = model, tokenizer
         model, tokenizer = self._loaded
         texts = [self._text(completion, tokenizer) for completion in completions]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))

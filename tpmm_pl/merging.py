@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ CHUNK = 1 << 18
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    r"""Write :math:`\sum_k w_k x_k` into ``out``, summed in float32 and cast once.
+    r"""Write :math:`\sum_k w_k x_k` into ``out``, summed in float32 or wider and cast once.
 
     Terms of weight 0 are not read, and a weight of 1 multiplies exactly, so one-hot weights
     copy a source bit for bit.
@@ -30,11 +30,13 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tenso
     """
     used = [(t.detach().reshape(-1), w) for t, w in zip(tensors, weights, strict=True) if w]
     flat = out.detach().view(-1)
+    wide = torch.promote_types(out.dtype, torch.float32)
     for start in range(0, flat.numel(), CHUNK):
         piece = flat[start : start + CHUNK]
-        total = torch.zeros_like(piece, dtype=torch.float32)
+        # from -0.0, the neutral element of addition: 0.0 would turn a source's -0.0 into 0.0
+        total = torch.full_like(piece, -0.0, dtype=wide)
         for tensor, weight in used:
-            source = tensor[start : start + CHUNK].to(piece.device, torch.float32)
+            source = tensor[start : start + CHUNK].to(piece.device, wide)
             total.add_(source, alpha=weight)
         piece.copy_(total)
     return out
@@ -50,7 +52,7 @@ def linear_merge(states: Sequence[StateDict], weights: Tensor) -> dict[str, Tens
         weights: ``(K,)``; used as given, so pass a distribution for an average.
 
     Returns:
-        The merged state, in the dtype of ``states[-1]``; the sum itself runs in float32.
+        The merged state, in the dtype of ``states[-1]``; the sum runs in float32 or wider.
 
     Raises:
         ValueError: If ``states`` is empty, disagrees in keys or shapes, or ``weights`` is not
@@ -162,7 +164,7 @@ def _block_label(name: str, seen_block: bool) -> str:
     return f"{layer}_{'attention' if attention & set(within) else 'mlp'}"
 
 
-_GROUPINGS = {
+_GROUPINGS: dict[str, Callable[[str, bool], str]] = {
     "model": lambda name, seen_block: "model",
     "layer": _layer_label,
     "block": _block_label,

@@ -104,13 +104,13 @@ def _generate(
     for (prompt, k), row, row_logps in zip(jobs, tokens, logps, strict=True):
         length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         ids = tuple(row[:length])
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
         finished = ids[-1] in ends
         completions.append(Completion(prompt, k, ids, text, finished, sum(row_logps[:length])))
     return completions
 
 
-class KeyedSampling(LogitsProcessor):  # type: ignore[misc]
+class KeyedSampling(LogitsProcessor):
     """Turns arg-max decoding into sampling by keyed Gumbel noise (Gumbel 1954).
 
     The noise of a row is a function of (its key, position, token) alone: a counter-based hash,

@@ -64,13 +64,15 @@ class StreamedMerge:
     def gradient(self) -> Iterator[Tensor]:
         """Yield a ``(G, K)`` float64 tensor that backward passes inside the block add to.
 
-        Parameters keep no ``.grad`` of their own. Several backward passes accumulate.
+        Parameters keep no ``.grad`` of their own, nor what training left there. Several backward
+        passes accumulate.
         """
         total = torch.zeros(self.groups, len(self.sources), dtype=torch.float64)
         handles = []
         required = {name: p.requires_grad for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
+            parameter.grad = None
             handles.append(
                 parameter.register_post_accumulate_grad_hook(self._dot_and_drop(name, total))
             )
@@ -107,10 +109,11 @@ def difference_dots(gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
     g = gradient.detach().reshape(-1)
     flat = [source.detach().reshape(-1) for source in sources]
     total = torch.zeros(len(sources), dtype=torch.float64)
+    wide = torch.promote_types(g.dtype, torch.float32)
     for start in range(0, g.numel(), CHUNK):
-        piece = g[start : start + CHUNK].float()
-        first = flat[0][start : start + CHUNK].to(piece.device, torch.float32)
+        piece = g[start : start + CHUNK].to(wide)
+        first = flat[0][start : start + CHUNK].to(piece.device, wide)
         for k in range(1, len(flat)):
-            source = flat[k][start : start + CHUNK].to(piece.device, torch.float32)
+            source = flat[k][start : start + CHUNK].to(piece.device, wide)
             total[k] += float(torch.dot(piece, source - first))
     return total

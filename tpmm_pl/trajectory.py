@@ -59,7 +59,8 @@ class SnapshotFile(Mapping[str, Tensor]):
             ) from error
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        tensor: Tensor = self._tensors[name]
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -162,8 +163,10 @@ class TrajectoryStore:
         """
         record = self.record(round_index)
         if record.snapshot is None:
-            there = [record.round for record in self.rounds if record.snapshot]
-            raise InputError(f"no snapshot of round {round_index} in {self.root}; there are {there}")
+            known = [record.round for record in self.rounds if record.snapshot]
+            raise InputError(
+                f"no snapshot of round {round_index} in {self.root}; there are {known}"
+            )
         if round_index not in self._sources:
             self._sources[round_index] = SnapshotFile(self.path(record.snapshot))
         return self._sources[round_index]

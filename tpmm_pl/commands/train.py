@@ -132,7 +132,7 @@ def train() -> None:
         raise RunError(f"{type(error).__name__}: {error} (traceback in run.log)") from error
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     # one line without the source: the sentences are for users
     text = f"{category.__name__}: {message}"
     logger.warning(text)

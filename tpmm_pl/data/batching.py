@@ -84,6 +84,19 @@ class PairLoader(DataLoader[Pair]):
     ``state_dict`` holds how many batches were handed out. A Trainer saves and loads it, and on a
     resume the next iteration goes on behind them. The Trainer needs
     ``use_distributed_sampler=False``.
+
+    Args:
+        pairs: The round's pairs.
+        batch_size: Pairs a batch and rank.
+        pad_id: Token id written on padding.
+        seed: Seed of the order.
+        epoch: Which epoch's order; make a new loader for another one.
+        rank: This process.
+        world_size: Number of processes.
+        shuffle: Whether to shuffle; otherwise the pairs keep their order.
+
+    Raises:
+        InputError: If there are fewer pairs than processes.
     """
 
     def __init__(
@@ -98,21 +111,6 @@ class PairLoader(DataLoader[Pair]):
         world_size: int = 1,
         shuffle: bool = True,
     ) -> None:
-        """Decide the order of the epoch.
-
-        Args:
-            pairs: The round's pairs.
-            batch_size: Pairs a batch and rank.
-            pad_id: Token id written on padding.
-            seed: Seed of the order.
-            epoch: Which epoch's order; make a new loader for another one.
-            rank: This process.
-            world_size: Number of processes.
-            shuffle: Whether to shuffle; otherwise the pairs keep their order.
-
-        Raises:
-            InputError: If there are fewer pairs than processes.
-        """
         if len(pairs) < world_size:
             raise InputError(
                 f"{len(pairs)} pairs cannot be shared by {world_size} processes;"

@@ -43,7 +43,7 @@ def split_by_prompt(rows: Sequence[Row], fraction: float, seed: int) -> tuple[li
         raise InputError(f"the held-out fraction is {fraction}; give a number from 0 to below 1")
     if fraction == 0:
         return list(rows), []
-    prompts = _shuffled_prompts(rows, seed)
+    prompts = list(_shuffled_groups(rows, seed))
     if len(prompts) < 2:
         raise InputError(
             f"{len(prompts)} distinct prompts cannot be split; give more data, or fraction 0"
@@ -70,53 +70,22 @@ def refuse_shared_prompts(train: Sequence[HasPrompt], held_out: Sequence[HasProm
         )
 
 
-def shards(rows: Sequence[Row], rounds: int, seed: int) -> list[list[Row]]:
-    """Cut the shuffled data into one part a round; all rows of a prompt are in one part.
+def shuffled_by_prompt(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Shuffle prompts; all rows of a prompt stay together, so that parts share few prompts."""
+    return [row for group in _shuffled_groups(rows, seed).values() for row in group]
 
-    Another number of rounds makes another cut: it must not change in the middle of a run.
 
-    Args:
-        rows: Pairs or prompts.
-        rounds: Number of parts.
-        seed: Seed of the shuffle.
-
-    Returns:
-        ``rounds`` parts; their sizes differ by no more rows than the most frequent prompt has.
-
-    Raises:
-        InputError: If there are fewer distinct prompts than rounds.
-    """
-    prompts = _shuffled_prompts(rows, seed)
-    if len(prompts) < rounds:
-        raise InputError(
-            f"{len(prompts)} distinct prompts are too few for {rounds} rounds;"
-            " give more data or fewer rounds"
-        )
-    by_prompt: dict[str, list[Row]] = {prompt: [] for prompt in prompts}
+def _shuffled_groups(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        by_prompt[_key(row)].append(row)
-    parts: list[list[Row]] = [[] for _ in range(rounds)]
-    for prompt in prompts:
-        min(parts, key=len).extend(by_prompt[prompt])
-    return parts
-
-
-def _shuffled_prompts(rows: Sequence[HasPrompt], seed: int) -> list[str]:
-    prompts = list(dict.fromkeys(_key(row) for row in rows))
+        groups.setdefault(_key(row), []).append(row)
+    prompts = list(groups)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(prompts), generator=generator).tolist()
-    return [prompts[index] for index in order]
+    return {prompts[index]: groups[prompts[index]] for index in order}
 
 
 def _key(row: HasPrompt) -> str:
     if isinstance(row.prompt, str):
         return row.prompt
     return json.dumps(row.prompt, ensure_ascii=False, sort_keys=True)
-
-
-def shuffled_by_prompt(rows: Sequence[Row], seed: int) -> list[Row]:
-    """Shuffle prompts; all rows of a prompt stay together, so that parts share few prompts."""
-    by_prompt: dict[str, list[Row]] = {prompt: [] for prompt in _shuffled_prompts(rows, seed)}
-    for row in rows:
-        by_prompt[_key(row)].append(row)
-    return [row for group in by_prompt.values() for row in group]

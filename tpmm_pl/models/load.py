@@ -47,7 +47,23 @@ class LoraSettings:
 
 
 class PretrainedPolicy:
-    """A causal language model of the Hugging Face family as the starting policy."""
+    """A causal language model of the Hugging Face family as the starting policy.
+
+    Nothing is read before it is asked for.
+
+    Args:
+        name_or_path: Hub id, folder, or ``.gguf`` file.
+        gguf_file: Name of the GGUF file within the folder or hub repository.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the weights: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
+        attn_implementation: As transformers takes it; ``None``: its choice.
+        trust_remote_code: Whether to run code that comes with the model.
+        lora: Train adapters instead of the weights.
+        chat_template: File with a Jinja template in place of the tokenizer's own.
+
+    Raises:
+        InputError: If ``dtype`` is unknown.
+    """
 
     def __init__(
         self,
@@ -61,21 +77,6 @@ class PretrainedPolicy:
         lora: LoraSettings | None = None,
         chat_template: Path | None = None,
     ) -> None:
-        """Take note of the source; nothing is read before it is asked for.
-
-        Args:
-            name_or_path: Hub id, folder, or ``.gguf`` file.
-            gguf_file: Name of the GGUF file within the folder or hub repository.
-            revision: Branch, tag or commit on the hub.
-            dtype: Of the weights: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
-            attn_implementation: As transformers takes it; ``None``: its choice.
-            trust_remote_code: Whether to run code that comes with the model.
-            lora: Train adapters instead of the weights.
-            chat_template: File with a Jinja template in place of the tokenizer's own.
-
-        Raises:
-            InputError: If ``dtype`` is unknown.
-        """
         self.name_or_path = name_or_path
         self.gguf_file = gguf_file
         self.revision = revision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,37 @@ class PairScorer:
             attention_mask: ``(N, T)``, 1 on tokens.
             labels: ``(N, T)`` int64, ``IGNORE_INDEX`` where nothing is scored.
         """
+        groups = length_groups(attention_mask)
+        logps = [
+            self._group(input_ids[rows, :width], attention_mask[rows, :width], labels[rows, :width])
+            for rows, width in groups
+        ]
+        order = torch.cat([rows for rows, _ in groups])
+        return torch.cat(logps)[order.argsort()]
+
+    def _group(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self._parts is None:
             return completion_logps(self.model(**inputs).logits, labels, nn.Identity())
         backbone, head = self._parts
         hidden = backbone(**inputs).last_hidden_state
         return completion_logps(hidden, labels, head, vocabulary=_rows(head))
+
+
+def length_groups(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Cut right-padded rows into groups of similar length, where that saves a tenth of the tokens.
+
+    Args:
+        attention_mask: ``(N, T)``.
+
+    Returns:
+        Row indices and the width of each group; every row is in one group.
+    """
+    lengths = attention_mask.sum(-1)
+    whole = [(torch.arange(len(lengths), device=lengths.device), int(lengths.max()))]
+    quarters = [(rows, int(lengths[rows].max())) for rows in lengths.argsort().chunk(4)]
+    tokens = sum(len(rows) * width for rows, width in quarters)
+    return quarters if tokens < 0.9 * len(lengths) * whole[0][1] else whole
 
 
 def pair_tokens(batch: PairBatch) -> PairLogps:
@@ -126,7 +152,7 @@ def _rows(head: nn.Module) -> int:
 
 def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     get_base = getattr(model, "get_base_model", None)
-    inner = model if get_base is None else get_base()
+    inner: Any = model if get_base is None else get_base()
     backbone = getattr(inner, "base_model", None)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if backbone is None or backbone is inner or head is None:

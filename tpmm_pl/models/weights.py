@@ -194,7 +194,7 @@ def _stack_adapters(
     policy: PeftModel, sources: list[StateDict]
 ) -> tuple[dict[str, nn.Parameter], list[StateDict]]:
     _unstack(policy)
-    config = policy.peft_config[_TRAINED]
+    config: Any = policy.peft_config[_TRAINED]
     settings: dict[str, Any] = asdict(config)
     settings["r"] = config.r * len(sources)
     settings["lora_alpha"] = config.lora_alpha * len(sources)
@@ -213,5 +213,3 @@ def _unstack(policy: PeftModel) -> None:
     if _MERGED in policy.peft_config:
         policy.delete_adapter(_MERGED)
     policy.set_adapter(_TRAINED)
-
-

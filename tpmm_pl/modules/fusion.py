@@ -86,7 +86,7 @@ class FusionSettings:
     constraint: Literal["simplex", "affine"] = "simplex"
     grouping: str = "model"
     lr: float | None = None
-    steps: int = 20
+    steps: int = 15
     batch_size: int = 64
     tolerance: float = 1e-3
     patience: int = 5
@@ -149,8 +149,7 @@ class FusionWeights(LightningModule):
         """
         self.merge, self.groups = streamed_merge(policy, store, snapshots, self.settings.grouping)
         self.snapshots = snapshots
-        # kept out of the submodules: the policy is neither trained nor saved here
-        self.__dict__["scorer"] = PairScorer(policy)
+        self.scorer = PairScorer(policy)
         self.weights = nn.Parameter(torch.zeros(len(self.groups), len(snapshots)))
         return self
 
@@ -164,7 +163,8 @@ class FusionWeights(LightningModule):
         rounds = tuple(record.round for record in store.rounds if record.snapshot)
         if not rounds:
             raise InputError(f"{self.run} holds no trajectory; give the folder of a finished run")
-        self.bind(self.policy_source.load_model().to(self.device), store, rounds)
+        policy: nn.Module = self.policy_source.load_model()
+        self.bind(policy.to(self.device), store, rounds)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam on the coefficients' parameters."""
@@ -189,7 +189,7 @@ class FusionWeights(LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         coefficients.backward(gradient.to(coefficients))
         optimizer.step()  # type: ignore[union-attr]
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
         self.path.append(self.coefficients().detach().clone())
         self.log("fusion/loss", loss.detach(), batch_size=len(losses))
 
