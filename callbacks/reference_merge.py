@@ -7,22 +7,22 @@ import warnings
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader
 
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage, reset_optimizer
-from tpmm_pl.callbacks.round_pairs import fuse_pool
-from tpmm_pl.data.batching import collate
+from tpmm_pl.data.batching import fuse_loader
+from tpmm_pl.data.pairs import read_fuse_pool
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.files import write_text
 from tpmm_pl.models.scoring import score_completions
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.rounds import check_strategy, entropy, fixed_recipe, one_hot
-from tpmm_pl.types import InputError, OffersPrompts, PairBatch, Recipe
-
+from tpmm_pl.types import InputError, OffersPrompts, Recipe
 
 GUARD_PROMPTS = 64
 """At most so many prompts are answered to measure the divergence of a learned merge."""
+
+_CURVES = {"fuse": "fusion.json", "ship": "ship_fusion.json"}
 
 
 class ReferenceMerge(RoundCallback):
@@ -81,6 +81,8 @@ class ReferenceMerge(RoundCallback):
     def make_reference(self, context: RoundContext) -> None:
         """Write the recipe of the next round's reference."""
         index = context.round_index
+        if self.strategy == "learned":
+            _refuse_control(context)
         if self.strategy != "learned":
             previous = context.store.record(index - 1).recipe if index else None
             recipe = fixed_recipe(
@@ -106,26 +108,27 @@ class ReferenceMerge(RoundCallback):
             stage: Names the order of the pairs, and the file of the fit's curve.
 
         Raises:
-            InputError: If there are no held-out pairs, or they were trained on.
+            InputError: If there are no held-out pairs.
         """
         store, index = context.store, context.round_index
-        if "control" in store.record(0).notes:
-            raise InputError(
-                "learned coefficients need held-out pairs, but train_on_fuse_pairs adds them to "
-                "training; choose another strategy for this control arm"
-            )
         module = FusionWeights(self.fusion)
         module.bind(context.policy, store, tuple(range(index + 1)))
         fit_with_fabric(
             context.fabric,
             module,
-            fuse_batches(context, self.fusion.batch_size, steps, stage),
+            fuse_loader(
+                read_fuse_pool(store, index),
+                batch_size=self.fusion.batch_size,
+                steps=steps,
+                pad_id=context.data.tokenizer.pad_token_id,
+                generator=context.generator(stage),
+            ),
             title=f"round {index}: learning coefficients",
         )
         context.forget()
         recipe = module.recipe()
         curve = {"loss": module.losses, "entropy": entropy(recipe), "steps": len(module.losses)}
-        write_text(store.folder(index) / f"{stage}ion.json", json.dumps(curve, indent=1))
+        write_text(store.folder(index) / _CURVES[stage], json.dumps(curve, indent=1))
         if (sentence := fit_warning(recipe)) is not None:
             warnings.warn(f"round {index}: {sentence}", stacklevel=2)
             store.update(index, notes={"fusion": sentence.split(":")[0]})
@@ -152,7 +155,7 @@ class ReferenceMerge(RoundCallback):
             "average": fixed_recipe("uniform", index),
         }
         held_out = any(r.fuse for r in context.store.rounds)
-        if held_out and "control" not in context.store.record(0).notes:
+        if held_out and not _trains_on_fuse_pairs(context):
             recipes["learned"] = self.learn(context, self.ship_steps, "ship")
         if self.ship not in recipes:
             raise InputError(f"ship: {self.ship} needs held-out pairs; choose merge or average")
@@ -181,30 +184,13 @@ class ReferenceMerge(RoundCallback):
         return f"learned merge at KL {kl:.1f}" if kl > self.guard_kl else None
 
 
-def fuse_batches(
-    context: RoundContext, batch_size: int, steps: int, stage: str
-) -> DataLoader[PairBatch]:
-    """Return a loader of ``steps`` batches over all held-out pairs, reshuffled when used up."""
-    pool = fuse_pool(context)
-    generator = context.generator(stage)
-    size = min(batch_size, len(pool))
-    order: list[int] = []
-    while len(order) < steps * size:
-        order += torch.randperm(len(pool), generator=generator).tolist()
-    pad_id = context.data.tokenizer.pad_token_id
-    return DataLoader(
-        pool,  # type: ignore[arg-type]  # a sequence is a map-style dataset
-        batch_sampler=[order[i * size : (i + 1) * size] for i in range(steps)],
-        collate_fn=lambda pairs: collate(pairs, pad_id),
-        generator=generator,
-    )
-
-
 def start_divergence(context: RoundContext, recipe: Recipe) -> float:
     """Estimate KL(merge || starting policy) in nats a sequence on the round's held-out prompts."""
     tokenizer = context.data.tokenizer
     prompts = context.data.fuse_prompts(context.round_index)[:GUARD_PROMPTS]
-    budget = max(len(pair.chosen_ids) for pair in fuse_pool(context))
+    budget = max(
+        len(pair.chosen_ids) for pair in read_fuse_pool(context.store, context.round_index)
+    )
     context.load(recipe)
     with context.fabric.autocast():
         completions = sample_completions(
@@ -214,3 +200,15 @@ def start_divergence(context: RoundContext, recipe: Recipe) -> float:
         context.load(one_hot(0))
         start = score_completions(context.policy, completions, pad_id=tokenizer.pad_token_id)
     return float(torch.tensor([c.logps for c in completions]).sub(start).mean())
+
+
+def _trains_on_fuse_pairs(context: RoundContext) -> bool:
+    return "control" in context.store.record(0).notes
+
+
+def _refuse_control(context: RoundContext) -> None:
+    if _trains_on_fuse_pairs(context):
+        raise InputError(
+            "learned coefficients need held-out pairs, but train_on_fuse_pairs adds them to "
+            "training; choose another strategy for this control arm"
+        )

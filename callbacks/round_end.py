@@ -77,6 +77,7 @@ class RoundContext:
     next_policy: Recipe | None = None
     """Set by the stage of that name; the newest snapshot otherwise."""
     _holds: tuple[str, Recipe] | None = None
+    _trains: tuple[str, Recipe] | None = None
 
     def key(self, stage: str) -> str:
         """Name the random draws of a stage."""
@@ -105,7 +106,7 @@ class RoundContext:
         """Make a recipe the policy of the next round; return the relative error of doing so."""
         self.next_policy = recipe
         error = become(self.policy, self.store, recipe)
-        self._holds = ("cut", recipe) if error else ("exact", recipe)
+        self._holds = self._trains = ("cut" if error else "exact", recipe)
         return error
 
     def put_back(self) -> None:
@@ -113,7 +114,8 @@ class RoundContext:
         if self.next_policy is None:
             if self._holds is not None:
                 self.load_policy()
-        elif self._holds is None or self._holds[1] != self.next_policy:
+        elif self._holds != self._trains:
+            # also where the module holds the same merge exactly: an adapter of another rank
             self.set_next_policy(self.next_policy)
 
 
@@ -129,6 +131,7 @@ def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> N
             not on disk yet, and the weights to train next when this returns.
     """
     training = context.policy.training
+    context.policy.eval()
     for name in _due(callbacks, context.store, context.round_index, context.final):
         if name == "checkpoint":
             _settle(callbacks, context)

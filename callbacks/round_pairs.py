@@ -6,13 +6,12 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
 from tpmm_pl.data.pairs import read_pairs, write_pairs
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.rounds import one_hot
-from tpmm_pl.types import InputError, Pair, Recipe, RunError
+from tpmm_pl.types import Pair, Recipe, RunError
 
 
 class RoundPairs(RoundCallback):
@@ -92,22 +91,6 @@ class RoundPairs(RoundCallback):
             )
         columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
         return [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
-
-
-def fuse_pool(context: RoundContext) -> list[Pair]:
-    """Return all held-out pairs up to a round.
-
-    Raises:
-        InputError: If there are none.
-    """
-    records = [r for r in context.store.rounds if r.round <= context.round_index and r.fuse]
-    pairs = [pair for r in records for pair in read_pairs(context.store.path(str(r.fuse)))]
-    if not pairs:
-        raise InputError(
-            f"the strategy learned needs held-out pairs, and {Path(context.store.root)} has none; "
-            "give a data set with a fuse split, or choose another strategy"
-        )
-    return pairs
 
 
 def _share_flipped(pairs: Sequence[Pair]) -> float:

@@ -46,9 +46,7 @@ def test_a_tie_counts_one_half() -> None:
 
 def test_the_win_rates_of_two_sum_to_1() -> None:
     ours, theirs = torch.randint(4, (2, 99), generator=generator())
-    a, b = (
-        win_rate(x, y, generator=generator()) for x, y in ((ours, theirs), (theirs, ours))
-    )
+    a, b = (win_rate(x, y, generator=generator()) for x, y in ((ours, theirs), (theirs, ours)))
     assert a.value + b.value == pytest.approx(1)
     assert (a.low, a.high) == pytest.approx((1 - b.high, 1 - b.low))
 

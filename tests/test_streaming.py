@@ -32,7 +32,8 @@ K = 3
 
 
 def model_of(factory: Factory, seed: int = 0) -> PreTrainedModel:
-    model = factory(seed=seed).eval()
+    model = factory(seed=seed)
+    model.eval()
     # weights of a size at which the model is far from linear
     for parameter in model.parameters():
         parameter.data *= 3
@@ -75,13 +76,12 @@ def loss_through_copies(
     """All K copies in the graph, in float64."""
     merged = {
         name: sum(
-            c * source[name].double()
-            for c, source in zip(coefficients[row], sources, strict=True)
+            c * source[name].double() for c, source in zip(coefficients[row], sources, strict=True)
         )
         for name, row in group_of.items()
     }
     inputs = {"attention_mask": BATCH.attention_mask, "use_cache": False}
-    logits = functional_call(model, merged, (BATCH.input_ids,), inputs).logits  # type: ignore[arg-type]
+    logits = functional_call(model, merged, (BATCH.input_ids,), inputs).logits
     picked = logits.log_softmax(-1)[:, :-1].gather(-1, BATCH.labels[:, 1:, None].clamp(min=0))
     rows = (picked.squeeze(-1) * (BATCH.labels[:, 1:] >= 0)).sum(-1)
     chosen, rejected = rows.chunk(2)

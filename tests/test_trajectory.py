@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +177,9 @@ def test_a_truncated_snapshot_is_one_sentence(tmp_path: Path, kept: int) -> None
     store = store_of_two(tmp_path)
     path = store.folder(1) / "policy.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
-    sentence = r"the snapshot .*policy\.safetensors cannot be read .*; restore it or start over with"
+    sentence = (
+        r"the snapshot .*policy\.safetensors cannot be read .*; restore it or start over with"
+    )
     with pytest.raises(InputError, match=sentence):
         store.source(1)
 

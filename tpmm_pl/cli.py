@@ -8,9 +8,6 @@ from difflib import get_close_matches
 
 COMMANDS = {
     "fit": "train a policy round after round, or the coefficients of a finished trajectory",
-    "validate": "score the held-out pairs of a configuration",
-    "test": "evaluate the snapshots of a finished run again",
-    "predict": "write completions of the evaluation prompts",
 }
 
 _HELP = """usage: tpmm COMMAND [options]
@@ -39,6 +36,8 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         near = get_close_matches(arguments[0], COMMANDS, n=2) or list(COMMANDS)
         _end(2, f"there is no command {arguments[0]!r}; did you mean {' or '.join(near)}?")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     # imported late: torch, transformers and lightning take seconds, `tpmm --help` should not
     from tpmm_pl.commands.train import train
     from tpmm_pl.types import InputError, RunError

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -90,14 +92,15 @@ def _generate(
     rows = [[pad] * (width - len(prompt.ids)) + list(prompt.ids) for prompt, _ in jobs]
     mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt, _ in jobs]
     draw = KeyedSampling([f"{key}/{p.prompt_id}/{k}" for p, k in jobs], width, temperature, device)
-    generated = model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor(rows, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        logits_processor=LogitsProcessorList([draw]),
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad
-        ),
-    )
+    with _plain_generation(model):
+        generated = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            logits_processor=LogitsProcessorList([draw]),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad
+            ),
+        )
     tokens = generated[:, width:].tolist()
     logps = torch.stack(draw.logps, dim=1).tolist()
     completions = []
@@ -182,6 +185,18 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends = getattr(config, "eos_token_id", None)
     known = ends if isinstance(ends, list) else [ends]
     return sorted({int(end) for end in [*known, tokenizer.eos_token_id] if end is not None})
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    # `generate` fills unset fields from the model's own: penalties and beams from its repository
+    # would bend the softmax that is sampled and recorded
+    owner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    asked, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = asked
 
 
 @contextmanager

@@ -207,6 +207,8 @@ class TrajectoryStore:
         way_out = "restore it or start over with --overwrite"
         try:
             content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}, known is {VERSION}")
             self.model = content["model"]
             for item in content["rounds"]:
                 recipe, ship = item.pop("recipe"), item.pop("ship")
@@ -218,5 +220,5 @@ class TrajectoryStore:
                     recipe=None if recipe is None else self._recipe_from_json(recipe),
                     ship={name: self._recipe_from_json(r) for name, r in ship.items()},
                 )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{self.manifest} cannot be read ({error!r}); {way_out}") from error

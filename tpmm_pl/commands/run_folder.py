@@ -11,6 +11,7 @@ import yaml
 
 from tpmm_pl.callbacks.round_checkpoint import CHECKPOINT
 from tpmm_pl.files import write_text
+from tpmm_pl.modules.fusion import RECIPE
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError
 
@@ -54,14 +55,15 @@ class RunFolder:
         """
         if overwrite:
             self._delete()
-        elif self.config.exists():
+        elif self.config.exists() and self._holds_work():
             self._refuse_changes(config)
-            if rounds is not None and self.finished_rounds() >= rounds:
+            if self.finished(rounds):
+                longer = "" if rounds is None else "raise model.rounds with --ckpt_path last, or "
                 raise RunFinishedError(
-                    f"{self.root} holds this run, finished: nothing to do. Raise model.rounds and "
-                    "add --ckpt_path last to go on, or start over with --overwrite true"
+                    f"{self.root} holds this run, finished: nothing to do. To go on, {longer}"
+                    "start over with --overwrite true"
                 )
-            if ckpt_path is None:
+            if ckpt_path is None and rounds is not None:
                 raise InputError(
                     f"{self.root} holds an unfinished run; go on with --ckpt_path last, or start "
                     "over with --overwrite true"
@@ -71,12 +73,12 @@ class RunFolder:
             return str(self.checkpoint) if self.checkpoint.exists() else None
         return ckpt_path
 
-    def finished_rounds(self) -> int:
-        """Return T if the last stage of the last round is complete, else -1."""
-        records = TrajectoryStore(self.root / "trajectory").rounds
-        if not records or not {"ship", "export"} & set(records[-1].seconds):
-            return -1
-        return records[-1].round
+    def finished(self, rounds: int | None) -> bool:
+        """Return whether the run has come to its end: round T, or a learned recipe."""
+        if rounds is None:
+            return (self.root / RECIPE).exists()
+        record = TrajectoryStore(self.root / "trajectory").record(rounds)
+        return bool({"ship", "export"} & set(record.seconds))
 
     def log_to_file(self) -> None:
         """Add warnings and messages of the run to ``run.log``."""
@@ -85,6 +87,10 @@ class RunFolder:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for name in ("lightning.pytorch", "tpmm_pl"):
             logging.getLogger(name).addHandler(handler)
+
+    def _holds_work(self) -> bool:
+        # a config alone is of a run that ended on bad input before it made anything
+        return any((self.root / name).exists() for name in ("trajectory", RECIPE))
 
     def _refuse_changes(self, config: dict[str, Any]) -> None:
         before = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
@@ -101,7 +107,8 @@ class RunFolder:
     def _delete(self) -> None:
         for name in ("trajectory", "checkpoints", "tensorboard", "figures", "export"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-        self.config.unlink(missing_ok=True)
+        for file in (self.config, self.root / RECIPE):
+            file.unlink(missing_ok=True)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

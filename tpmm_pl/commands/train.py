@@ -1,4 +1,4 @@
-"""``tpmm fit | validate | test | predict``: LightningCLI over a run folder."""
+"""``tpmm fit``: LightningCLI over a run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from transformers.utils.logging import disable_progress_bar
 
 from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
 from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
@@ -29,6 +28,11 @@ logger = logging.getLogger("tpmm_pl")
 class RunCLI(LightningCLI):
     """LightningCLI whose trainer writes one run folder, ``trainer.default_root_dir``."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the one subcommand: the others of Lightning know nothing of a run folder."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the named callbacks and ``--overwrite``."""
         for name in CALLBACK_GROUPS:
@@ -44,16 +48,15 @@ class RunCLI(LightningCLI):
         if root is None:
             raise InputError("set trainer.default_root_dir, the folder of the run")
         self._follow_rounds(settings.trainer)
-        if self.subcommand == "fit":
-            folder = RunFolder(Path(root))
-            text = self._parser(self.subcommand).dump(settings, skip_none=False)
-            settings.ckpt_path = folder.begin(
-                yaml.safe_load(text),
-                ckpt_path=settings.ckpt_path,
-                overwrite=settings.overwrite,
-                rounds=self._model_setting("rounds"),
-            )
-            folder.log_to_file()
+        folder = RunFolder(Path(root))
+        text = self._parser(self.subcommand).dump(settings, skip_none=False)
+        settings.ckpt_path = folder.begin(
+            yaml.safe_load(text),
+            ckpt_path=settings.ckpt_path,
+            overwrite=settings.overwrite,
+            rounds=self._model_setting("rounds"),
+        )
+        folder.log_to_file()
 
     def after_fit(self) -> None:
         """Draw the figure of the run."""
@@ -101,9 +104,10 @@ def train() -> None:
         InputError: If the configuration or its input is at fault.
         RunError: If the run failed; the traceback is in ``run.log``.
     """
-    if not sys.stderr.isatty():
-        disable_progress_bar()
     warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     defaults = {
         "enable_progress_bar": sys.stderr.isatty(),
         "enable_model_summary": False,
@@ -128,8 +132,18 @@ def train() -> None:
     except (InputError, RunError):
         raise
     except Exception as error:
+        if (mistake := _mistake_behind(error)) is not None:
+            raise mistake from error
         logger.error("the run failed", exc_info=True)
         raise RunError(f"{type(error).__name__}: {error} (traceback in run.log)") from error
+
+
+def _mistake_behind(error: BaseException) -> InputError | None:
+    # jsonargparse wraps what a constructor raises into its own account of the types it tried
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, InputError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

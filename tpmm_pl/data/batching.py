@@ -74,6 +74,36 @@ def length_sorted_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[i
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def fuse_loader(
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int,
+    steps: int,
+    pad_id: int,
+    generator: torch.Generator,
+) -> DataLoader[Pair]:
+    """Return a loader of ``steps`` batches over held-out pairs, reshuffled when used up.
+
+    Args:
+        pairs: All held-out pairs, at least one.
+        batch_size: Pairs a batch; at most all of them.
+        steps: Length of the loader.
+        pad_id: Token id written on padding.
+        generator: Drives the order.
+    """
+    size = min(batch_size, len(pairs))
+    order: list[int] = []
+    while len(order) < steps * size:
+        order += torch.randperm(len(pairs), generator=generator).tolist()
+    return DataLoader(
+        pairs,  # type: ignore[arg-type]  # a sequence is a map-style dataset
+        batch_sampler=[order[step * size : (step + 1) * size] for step in range(steps)],
+        collate_fn=partial(collate, pad_id=pad_id),
+        # every iteration draws a number; not from the global generator, whose state it is not
+        generator=generator,
+    )
+
+
 class PairLoader(DataLoader[Pair]):
     """Batches of one round's epoch, in an order that depends on ``(seed, epoch)`` only.
 

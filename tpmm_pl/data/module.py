@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from tpmm_pl.data.batching import PairLoader
+from tpmm_pl.data.batching import PairLoader, fuse_loader
 from tpmm_pl.data.chat import tokenize_pairs, tokenize_prompts
 from tpmm_pl.data.formats import RawPair, read_preferences, read_prompts
-from tpmm_pl.data.pairs import read_pairs
+from tpmm_pl.data.pairs import read_fuse_pool, read_pairs
 from tpmm_pl.data.splits import refuse_shared_prompts, shuffled_by_prompt, split_by_prompt
 from tpmm_pl.rounds import RoundSchedule, run_seed
 from tpmm_pl.trajectory import TrajectoryStore
@@ -99,7 +100,8 @@ class PreferenceData(RunData):
         batch_size: Pairs an optimizer step and device.
         pairs_per_round: Pairs of a round; by default all pairs over the rounds.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
-        max_prompt_length: Tokens of the prompt; its beginning is cut.
+        max_prompt_length: Tokens of the prompt, whose beginning is cut; half of ``max_length``
+            by default, so that room for completions is left.
         max_eval_pairs: At most so many pairs a domain.
     """
 
@@ -140,6 +142,8 @@ class PreferenceData(RunData):
             domain: self._tokenize(self._read(path)[: self.max_eval_pairs], path)
             for domain, path in self.evaluation.items()
         }
+        for pairs in self._eval_pairs.values():
+            refuse_shared_prompts(self._train_pairs, pairs)
         if len(self._train_pairs) < self.batch_size:
             raise InputError(
                 f"{self.train} leaves {len(self._train_pairs)} training pairs, fewer than a batch "
@@ -162,20 +166,10 @@ class PreferenceData(RunData):
         """Return the held-out pairs by domain."""
         return self._eval_pairs
 
-    def val_dataloader(self) -> list[DataLoader[Pair]]:
-        """Return the held-out pairs, for ``tpmm validate``."""
-        pad_id = self.tokenizer.pad_token_id
-        return [
-            PairLoader(
-                pairs, batch_size=self.batch_size, pad_id=pad_id, seed=0, epoch=0, shuffle=False
-            )
-            for pairs in self._eval_pairs.values()
-        ]
-
     def _read(self, path: Path) -> list[RawPair]:
         rows, dropped = read_preferences(Path(path))
         for reason, count in dropped.items():
-            rank_zero_info(f"{path}: {count} rows dropped: {reason}")
+            _say(f"{path}: {count} rows dropped: {reason}")
         return rows
 
     def _tokenize(self, rows: list[RawPair], path: Path) -> list[Pair]:
@@ -183,10 +177,10 @@ class PreferenceData(RunData):
             rows,
             self.tokenizer,
             max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
+            max_prompt_length=self.max_prompt_length or self.max_length // 2,
         )
         for reason, count in changed.items():
-            rank_zero_info(f"{path}: {count} of {len(rows)} pairs: {reason}")
+            _say(f"{path}: {count} of {len(rows)} pairs: {reason}")
         return pairs
 
 
@@ -251,6 +245,39 @@ class PromptData(RunData):
         return tokenize_prompts(rows, self.tokenizer, max_prompt_length=self.max_prompt_length)
 
 
+class FusionData(RunData):
+    """The held-out pairs of a finished run, to learn coefficients by a fit of its own.
+
+    Args:
+        run: The folder of the finished run.
+        steps: Batches, so updates of the coefficients.
+        batch_size: Pairs a step.
+    """
+
+    def __init__(self, run: Path, steps: int = 40, batch_size: int = 64) -> None:
+        super().__init__(batch_size)
+        self.run = Path(run)
+        self.steps = steps
+
+    def train_dataloader(self) -> DataLoader[Pair]:
+        """Return ``steps`` batches over all held-out pairs of the run."""
+        store = TrajectoryStore(self.run / "trajectory")
+        if not store.rounds:
+            raise InputError(f"{self.run} holds no trajectory; give the folder of a finished run")
+        return fuse_loader(
+            read_fuse_pool(store, store.rounds[-1].round),
+            batch_size=self.batch_size,
+            steps=self.steps,
+            pad_id=self.tokenizer.pad_token_id,
+            generator=torch.Generator().manual_seed(run_seed()),
+        )
+
+
 def _part(prompts: list[Prompt], part: int, count: int) -> list[Prompt]:
     total = len(prompts)
     return [prompts[(part * count + i) % total] for i in range(min(count, total))]
+
+
+@rank_zero_only
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tpmm_pl.files import replacing
+from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, Pair
 
 _TOKENS = pa.list_(pa.int32())
@@ -56,6 +57,22 @@ def read_pairs(path: Path) -> list[Pair]:
         InputError: If the file is missing, is no parquet file, or has other columns.
     """
     return [_pair(row) for row in _read_table(path).to_pylist()]
+
+
+def read_fuse_pool(store: TrajectoryStore, round_index: int) -> list[Pair]:
+    """Return all held-out pairs of a run up to a round.
+
+    Raises:
+        InputError: If there are none.
+    """
+    records = [r for r in store.rounds if r.round <= round_index and r.fuse]
+    pairs = [pair for r in records for pair in read_pairs(store.path(str(r.fuse)))]
+    if not pairs:
+        raise InputError(
+            f"learned coefficients need held-out pairs, and {store.root} has none; give data with "
+            "a fuse split, or choose another strategy"
+        )
+    return pairs
 
 
 def _read_table(path: Path) -> Any:

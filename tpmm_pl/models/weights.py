@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from copy import deepcopy
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 
 from tpmm_pl.files import write_text
@@ -101,6 +101,8 @@ def materialise(policy: nn.Module, store: TrajectoryStore, recipe: Recipe) -> No
         return
     merge, _ = streamed_merge(policy, store, recipe.snapshots, recipe.grouping)
     merge.write(torch.tensor(recipe.coefficients, dtype=torch.float64))
+    if isinstance(policy, PeftModel):
+        return
     newest = store.source(recipe.snapshots[-1])
     for name, buffer in _buffers(policy).items():
         buffer.copy_(newest[name])
@@ -128,9 +130,7 @@ def become(policy: nn.Module, store: TrajectoryStore, recipe: Recipe) -> float:
         a = stacked[_renamed(name, _MERGED)].double()
         left, singular, right = _svd_of_product(b, a)
         rank = trained[name].shape[0]
-        root = singular[:rank].sqrt()
-        trained[other].copy_(left[:, :rank] * root)
-        trained[name].copy_(root[:, None] * right[:rank])
+        _write_factors(trained[other], trained[name], left, singular, right)
         lost += float(singular[rank:].square().sum())
         total += float(singular.square().sum())
     _unstack(policy)
@@ -143,6 +143,16 @@ def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     basis_a, upper_a = torch.linalg.qr(a.T)
     left, singular, right = torch.linalg.svd(upper_b @ upper_a.T, full_matrices=False)
     return basis_b @ left, singular, right @ basis_a.T
+
+
+def _write_factors(b: Tensor, a: Tensor, left: Tensor, singular: Tensor, right: Tensor) -> None:
+    kept = min(len(a), len(singular))
+    root = singular[:kept].sqrt()
+    # a direction of no weight keeps a row of A: with both factors 0 it would never train
+    scale = torch.where(root > 1e-6 * root[0], root, 1.0)
+    b.zero_()
+    b[:, :kept] = left[:, :kept] * (singular[:kept] / scale)
+    a[:kept] = scale[:, None] * right[:kept]
 
 
 def _buffers(policy: nn.Module) -> dict[str, Tensor]:
@@ -194,12 +204,7 @@ def _stack_adapters(
     policy: PeftModel, sources: list[StateDict]
 ) -> tuple[dict[str, nn.Parameter], list[StateDict]]:
     _unstack(policy)
-    config: Any = policy.peft_config[_TRAINED]
-    settings: dict[str, Any] = asdict(config)
-    settings["r"] = config.r * len(sources)
-    settings["lora_alpha"] = config.lora_alpha * len(sources)
-    settings.pop("peft_type", None)
-    policy.add_adapter(_MERGED, LoraConfig(**settings))
+    policy.add_adapter(_MERGED, _stacked_config(policy.peft_config[_TRAINED], len(sources)))
     policy.set_adapter(_MERGED)
     parameters = _adapter(policy, _MERGED)
     device = next(policy.parameters()).device
@@ -209,7 +214,21 @@ def _stack_adapters(
     return parameters, [_StackedSource(names, sources, k) for k in range(len(sources))]
 
 
+def _stacked_config(trained: Any, count: int) -> Any:
+    config = deepcopy(trained)
+    # the scale stays what it is: alpha / r, or alpha / sqrt(r) with use_rslora
+    growth = count**0.5 if config.use_rslora else count
+    config.r *= count
+    config.lora_alpha *= growth
+    config.rank_pattern = {name: rank * count for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: a * growth for name, a in config.alpha_pattern.items()}
+    # all factors are overwritten, and other ways to begin (PiSSA) change the model itself
+    config.init_lora_weights = True
+    config.lora_dropout = 0.0
+    return config
+
+
 def _unstack(policy: PeftModel) -> None:
+    policy.set_adapter(_TRAINED)
     if _MERGED in policy.peft_config:
         policy.delete_adapter(_MERGED)
-    policy.set_adapter(_TRAINED)

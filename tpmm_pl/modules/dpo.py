@@ -103,17 +103,6 @@ class DPOModule(LightningModule):
         )
         return loss
 
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Log loss and implicit rewards on held-out pairs."""
-        losses, logps = self.pair_losses(batch)
-        metrics = {"loss": losses.mean(), **self._rewards(logps, batch)}
-        named = {f"val/{name}": value for name, value in metrics.items()}
-        self.log_dict(named, batch_size=len(losses))
-
-    def on_validation_start(self) -> None:
-        """Make scoring possible without a fit."""
-        self._scorer = PairScorer(self.policy)
-
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Set the learning rate from the position within the round."""
         if self.schedule == "constant" and not self.warmup:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from tpmm_pl.files import write_text
 from tpmm_pl.losses import dpo_loss
 from tpmm_pl.merging import check_grouping
 from tpmm_pl.models.scoring import PairScorer, per_token
@@ -20,6 +23,12 @@ from tpmm_pl.models.weights import streamed_merge
 from tpmm_pl.registry import lookup
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
+
+CONSTRAINTS = ("simplex", "affine")
+"""Ways to keep the sum of a row of coefficients."""
+
+RECIPE = "recipe.json"
+"""What a fit of its own writes into its folder."""
 
 Objective = Callable[[PairLogps, PairBatch, float], Tensor]
 
@@ -95,7 +104,9 @@ class FusionSettings:
         """Check names and ranges."""
         lookup("fusion objective", self.objective, OBJECTIVES)
         check_grouping(self.grouping)
-        if self.beta <= 0 or self.steps < 1 or self.batch_size < 1 or (self.lr or 1) <= 0:
+        lookup("fusion constraint", self.constraint, dict.fromkeys(CONSTRAINTS))
+        rates = [self.beta] if self.lr is None else [self.beta, self.lr]
+        if min(rates) <= 0 or self.steps < 1 or self.batch_size < 1:
             raise InputError(f"beta, lr, steps and batch_size of a fusion must be positive: {self}")
 
     @property
@@ -164,7 +175,8 @@ class FusionWeights(LightningModule):
         if not rounds:
             raise InputError(f"{self.run} holds no trajectory; give the folder of a finished run")
         policy: nn.Module = self.policy_source.load_model()
-        self.bind(policy.to(self.device), store, rounds)
+        # not self.device: the Trainer moves this module only after the hook
+        self.bind(policy.to(self.trainer.strategy.root_device), store, rounds)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam on the coefficients' parameters."""
@@ -192,6 +204,15 @@ class FusionWeights(LightningModule):
         self.losses.append(float(loss.detach()))
         self.path.append(self.coefficients().detach().clone())
         self.log("fusion/loss", loss.detach(), batch_size=len(losses))
+
+    def on_train_end(self) -> None:
+        """Write what a fit of its own has learned to ``recipe.json`` in the run's folder."""
+        if self.trainer.is_global_zero:
+            recipe = self.recipe()
+            if (sentence := fit_warning(recipe)) is not None:
+                warnings.warn(sentence, stacklevel=2)
+            content = {**recipe.to_json(), "loss": self.losses}
+            write_text(Path(self.trainer.default_root_dir) / RECIPE, json.dumps(content, indent=1))
 
     @property
     def finished(self) -> bool:
@@ -229,7 +250,7 @@ def fit_warning(recipe: Recipe) -> str | None:
             f"fusion did not move: all {count} coefficients are within 1 % of uniform; "
             "raise fusion.lr or fusion.steps"
         )
-    if rows.max(-1).values.min() > 0.99:
+    if (rows.max(-1).values / rows.abs().sum(-1)).min() > 0.99:
         newest = int(rows.mean(0).argmax())
         return (
             f"fusion collapsed to the snapshot of round {recipe.snapshots[newest]}; "

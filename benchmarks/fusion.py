@@ -1,0 +1,387 @@
+"""What learning a merge costs: one fusion step against one plain DPO step of the same batch.
+
+    python benchmarks/fusion.py
+
+Three ways take turns in one process of one thread: a DPO step (forward, backward, fused AdamW),
+a step of ``FusionWeights`` whose sources stay on disk, and the naive way, which stacks K copies in
+memory and differentiates through the merge. Times are CPU seconds of the process, so other
+processes do not count. Peaks of private memory come from a fresh process a way and K: files that
+are only mapped do not count. The model is a Llama of the shape of SmolLM2-135M with random
+weights, ``--quick`` a smaller one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from tpmm_pl.data.batching import collate
+from tpmm_pl.losses import dpo_loss
+from tpmm_pl.models.scoring import PairScorer, score_pairs
+from tpmm_pl.modules.fusion import FusionWeights
+from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import Pair, PairBatch, PairLogps
+
+BAR, MEMORY_BAR = 1.35, 0.05
+BETA = 0.1
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama with tied embeddings."""
+
+    hidden: int = 576
+    layers: int = 30
+    heads: int = 9
+    kv_heads: int = 3
+    ffn: int = 1536
+    vocabulary: int = 49152
+
+
+FULL, SMALL = Shape(), Shape(hidden=384, layers=6, heads=6, kv_heads=2, ffn=1024)
+
+
+def random_llama(shape: Shape) -> LlamaForCausalLM:
+    """Return the same random model every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def draw_pairs(count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
+    """Draw pairs of random tokens: prompts of 40 to 200, completions of 20 to 120 tokens."""
+    generator = random.Random(f"{seed}/fusion")
+
+    def ids(shortest: int, longest: int) -> tuple[int, ...]:
+        length = generator.randint(shortest, longest)
+        return tuple(generator.randrange(1, vocabulary) for _ in range(length))
+
+    return [
+        Pair(str(index), "", "", "", ids(40, 200), ids(20, 120), ids(20, 120))
+        for index in range(count)
+    ]
+
+
+def draw_batches(model: nn.Module, batches: int, vocabulary: int) -> list[PairBatch]:
+    """Draw batches of 4 pairs, scored under the starting model."""
+    pairs = draw_pairs(4 * batches, vocabulary)
+    logps = score_pairs(model, pairs, pad_id=PAD, batch_size=4)
+    columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
+    scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
+    return [collate(scored[start : start + 4], PAD) for start in range(0, len(scored), 4)]
+
+
+def write_snapshots(model: nn.Module, store: TrajectoryStore, count: int) -> None:
+    """Write the start and ``count - 1`` snapshots, each a tenth of a weight's spread further."""
+    generator = torch.Generator().manual_seed(1)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for index in range(count):
+        store.add_snapshot(index, state)
+        for tensor in state.values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.002)
+
+
+class PlainStep:
+    """Forward, backward and AdamW of a policy; the reference is known."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.scorer = PairScorer(model)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def __call__(self, batch: PairBatch) -> float:
+        loss = dpo_loss(self.scorer(batch), batch.reference, beta=BETA).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class StreamedStep:
+    """A step of the learned reference as the product takes it."""
+
+    def __init__(self, model: nn.Module, store: TrajectoryStore, count: int) -> None:
+        module = FusionWeights().bind(model, store, tuple(range(count)))
+        fabric = Fabric(accelerator="cpu", devices=1)
+        self.module = module
+        self.step, _ = fabric.setup(module, module.configure_optimizers())
+
+    def __call__(self, batch: PairBatch) -> float:
+        self.step.training_step(batch, 0)
+        return self.module.losses[-1]
+
+    @property
+    def weights(self) -> nn.Parameter:
+        return self.module.weights
+
+
+class StackedStep:
+    """The naive way: K copies in memory, autograd through the merge."""
+
+    def __init__(self, model: nn.Module, store: TrajectoryStore, count: int) -> None:
+        self.scored = _Scored(model)
+        sources = [store.source(index) for index in range(count)]
+        self.stacks = {name: torch.stack([s[name] for s in sources]) for name in sources[0]}
+        self.weights = nn.Parameter(torch.zeros(1, count))
+        self.optimizer = torch.optim.Adam([self.weights], lr=0.3)
+
+    def __call__(self, batch: PairBatch) -> float:
+        row = self.weights.softmax(-1)[0]
+        merged = {f"model.{n}": torch.tensordot(row, s, 1) for n, s in self.stacks.items()}
+        logps: PairLogps = functional_call(self.scored, merged, (batch,))
+        loss = dpo_loss(logps, batch.reference, beta=BETA).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class _Scored(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._scorer = PairScorer(model)
+
+    def forward(self, batch: PairBatch) -> PairLogps:
+        return self._scorer(batch)
+
+
+Step = StreamedStep | StackedStep
+WAYS: dict[str, type[Step]] = {"streamed": StreamedStep, "stacked": StackedStep}
+
+
+@dataclass
+class Timing:
+    """What the batches gave for one way and K."""
+
+    ratios: list[float]
+    losses: list[float]
+
+
+def cpu_seconds(step: Callable[[PairBatch], float], batch: PairBatch) -> tuple[float, float]:
+    """Return the CPU seconds of the process for a step, and its loss."""
+    started = time.process_time()
+    loss = step(batch)
+    return time.process_time() - started, loss
+
+
+def compare_times(
+    plain: Callable[[PairBatch], float],
+    steps: Mapping[str, Callable[[PairBatch], float]],
+    batches: Sequence[PairBatch],
+) -> dict[str, Timing]:
+    """Run every step on every batch, a plain step before and behind each two of them.
+
+    Returns:
+        By step, the ratio to the mean of the plain steps around it, and its losses.
+    """
+    found = {name: Timing([], []) for name in steps}
+    for number, batch in enumerate(batches):
+        names = list(steps)
+        names = names[number % len(names) :] + names[: number % len(names)]
+        before, _ = cpu_seconds(plain, batch)
+        for start in range(0, len(names), 2):
+            measured = [(n, cpu_seconds(steps[n], batch)) for n in names[start : start + 2]]
+            after, _ = cpu_seconds(plain, batch)
+            for name, (seconds, loss) in measured:
+                found[name].ratios.append(2 * seconds / (before + after))
+                found[name].losses.append(loss)
+            before = after
+    return found
+
+
+def disagreement(
+    model: nn.Module, store: TrajectoryStore, count: int, batch: PairBatch
+) -> tuple[float, float, float]:
+    """Return both ways' loss at the plain average and their gradients' relative difference."""
+    losses, gradients = [], []
+    for way in WAYS.values():
+        step = way(model, store, count)
+        losses.append(step(batch))
+        assert step.weights.grad is not None
+        gradients.append(step.weights.grad.double())
+    streamed, stacked = gradients
+    return losses[0], losses[1], float((streamed - stacked).norm() / stacked.norm())
+
+
+def private_bytes(status: str) -> int:
+    """Read the anonymous resident memory from the text of ``/proc/self/status``."""
+    line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+class PeakOfMemory:
+    """Samples private memory from a thread every 2 ms while the block runs."""
+
+    def __enter__(self) -> PeakOfMemory:
+        self.peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        status = Path("/proc/self/status")
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, private_bytes(status.read_text(encoding="ascii")))
+
+
+def peak_in_this_process(way: str, count: int, root: Path, shape: Shape) -> int:
+    """Take two steps and return the peak of private memory in bytes."""
+    model = random_llama(shape)
+    batches = [collate(draw_pairs(4, shape.vocabulary), PAD)] * 2
+    zeros = PairLogps(torch.zeros(4), torch.zeros(4))
+    with PeakOfMemory() as memory:
+        step = WAYS[way](model, TrajectoryStore(root), count)
+        for batch in batches:
+            step(batch._replace(reference=zeros))
+    return memory.peak
+
+
+def peak_in_fresh_process(way: str, count: int, root: Path, quick: bool) -> int:
+    """Return the peak of private memory of a process that does nothing else."""
+    command = [sys.executable, __file__, "--child", way, str(count), str(root)]
+    command += ["--quick"] if quick else []
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put ``text`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a file."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path} has no section {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def measure(options: argparse.Namespace) -> tuple[str, dict[str, float]]:
+    """Return the tables and the ratios."""
+    shape = SMALL if options.quick else FULL
+    counts = [int(count) for count in options.snapshots.split(",")]
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        store = TrajectoryStore(Path(name))
+        model, merged = random_llama(shape), random_llama(shape)
+        write_snapshots(model, store, max(counts))
+        batches = draw_batches(model, options.batches + 1, shape.vocabulary)
+        agreement = {count: disagreement(merged, store, count, batches[0]) for count in counts}
+        plain = PlainStep(model)
+        streamed = {str(c): StreamedStep(merged, store, c) for c in counts}
+        compare_times(plain, streamed, batches[:1])  # the first steps allocate
+        times = compare_times(plain, streamed, batches[1:])
+        naive: dict[str, Timing] = {}
+        for count in counts:  # one at a time: K copies each
+            steps = {str(count): StackedStep(merged, store, count)}
+            naive |= compare_times(plain, steps, batches[: options.naive_batches + 1])
+            del steps
+        rows = []
+        for count in counts:
+            ours, theirs = times[str(count)], naive[str(count)]
+            ratio = ratios[f"fusion_over_plain_k{count}"] = statistics.median(ours.ratios)
+            slow = ratios[f"stacked_over_plain_k{count}"] = statistics.median(theirs.ratios[1:])
+            loss, other, error = agreement[count]
+            ratios[f"gradient_difference_k{count}"] = error
+            low, *_, high = statistics.quantiles(ours.ratios, n=10)
+            rows.append(
+                [str(count), f"{ratio:.2f}", f"{low:.2f} - {high:.2f}", f"{slow:.2f}"]
+                + [f"{loss:.6f}", f"{other:.6f}", f"{error:.0e}"]
+            )
+        size = 4 * sum(p.numel() for p in model.parameters())
+        peaks = {
+            (way, count): peak_in_fresh_process(way, count, store.root, options.quick)
+            for way in WAYS
+            for count in options.memory
+        }
+    header = ["K", "streamed / plain", "10 - 90 %", "stacked / plain", "loss, streamed"]
+    header += ["loss, stacked", "relative difference of the coefficients' gradient"]
+    text = markdown(header, rows)
+    few, many = options.memory
+    memory_rows = []
+    for way in WAYS:
+        growth = ratios[f"{way}_growth"] = (peaks[way, many] - peaks[way, few]) / size
+        shares = [f"{peaks[way, count] / size:.2f}" for count in (few, many)]
+        memory_rows.append([way, *shares, f"{100 * growth:.1f} %"])
+    text += "\n\n" + markdown(
+        ["peak private memory, in sizes of the model", f"K = {few}", f"K = {many}", "growth"],
+        memory_rows,
+    )
+    text += (
+        f"\n\n{size / 4e6:.0f} million parameters, {options.batches} batches of 4 pairs "
+        f"({options.naive_batches} for the stacked way), medians of ratios of CPU seconds, "
+        f"one thread. Bars: streamed / plain at most {BAR}, growth under {MEMORY_BAR:.0%}."
+    )
+    return text, ratios
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--snapshots", default="2,4,8,9", help="values of K")
+    parser.add_argument("--memory", type=int, nargs=2, default=[2, 8], help="two values of K")
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--naive_batches", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="a file with a section `fusion`")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    if options.child:
+        way, count, root = options.child
+        shape = SMALL if options.quick else FULL
+        print(peak_in_this_process(way, int(count), Path(root), shape))
+        return
+    text, ratios = measure(options)
+    print(text)
+    if options.json:
+        shape = asdict(SMALL if options.quick else FULL)
+        settings = {"quick": options.quick, "batches": options.batches, "model": shape}
+        content = {"ratios": ratios, "settings": {**settings, "torch": torch.__version__}}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.write:
+        write_section(options.write, "fusion", text)
+
+
+if __name__ == "__main__":
+    main()

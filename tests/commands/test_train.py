@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+
+from tests.models.tiny import EOS, PAD, WORDS, tiny_llama, tiny_tokenizer
+from tpmm_pl.cli import main
+from tpmm_pl.data.pairs import read_pairs
+from tpmm_pl.trajectory import TrajectoryStore
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fusion:UserWarning", "ignore:.*trains on")
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def tpmm(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["tpmm", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    folder = tmp_path / "policy"
+    tiny_llama(tied=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def reward_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "reward"
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def preference(number: int) -> dict[str, object]:
+    words = [WORDS[(number * k) % 26] for k in (1, 3, 5, 7)]
+    chat = [{"role": "user", "content": f"{words[0]} {words[1]} {WORDS[number % 26]}"}]
+    good = [{"role": "assistant", "content": f"{words[2]} {words[3]}"}]
+    bad = [{"role": "assistant", "content": f"{words[3]} {words[0]} {words[2]}"}]
+    if number % 2:
+        return {"prompt": chat, "chosen": good, "rejected": bad}
+    plain = (str(turns[0]["content"]) for turns in (chat, good, bad))
+    return dict(zip(("prompt", "chosen", "rejected"), plain, strict=True))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(preference(n)) + "\n" for n in range(1, 41)))
+    return file
+
+
+@pytest.fixture
+def offline(policy: Path, pairs: Path, tmp_path: Path) -> list[object]:
+    return [
+        "fit", "--config", "configs/preferences.yaml", "--model.policy.name_or_path", policy,
+        "--data.train", pairs, "--data.evaluation", json.dumps({"in_domain": str(pairs)}),
+        "--data.batch_size", 4, "--model.rounds", 2, "--reference.fusion.steps", 3,
+        "--reference.fusion.batch_size", 4, "--reference.ship_steps", 3,
+        "--trainer.accelerator", "cpu", "--trainer.default_root_dir", tmp_path / "run",
+        "--data.evaluation", "null",
+    ]  # fmt: skip
+
+
+def test_an_offline_run_leaves_a_complete_folder(
+    tpmm: Run, offline: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpmm(*offline) == 0
+    run = tmp_path / "run"
+    store = TrajectoryStore(run / "trajectory")
+    assert [record.round for record in store.rounds] == [0, 1, 2]
+    assert store.rounds[-1].pairs is None
+    fuse = read_pairs(store.path(str(store.record(0).fuse)))
+    for record in store.rounds[:-1]:
+        trained = read_pairs(store.path(str(record.pairs)))
+        assert not {p.prompt_id for p in trained} & {p.prompt_id for p in fuse}
+        assert all(p.ref_chosen_logps == p.ref_chosen_logps for p in trained)
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    assert {"config.yaml", "checkpoints/last.ckpt", "export/last/model.safetensors"} <= names
+    assert {"export/merged/model.safetensors", "export/best/config.json", "tensorboard"} <= names
+    AutoModelForCausalLM.from_pretrained(run / "export" / "merged")
+
+
+def test_a_finished_run_is_recognised_and_a_changed_one_refused(
+    tpmm: Run, offline: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpmm(*offline) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert tpmm(*offline) == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert tpmm(*offline, "--reference.strategy", "last") == 2
+    assert "reference.init_args.strategy (learned -> last)" in capsys.readouterr().err
+    assert tpmm(*offline, "--model.rounds", 3) == 2
+    assert "go on with --ckpt_path last" in capsys.readouterr().err
+    assert tpmm(*offline, "--model.rounds", 3, "--ckpt_path", "last") == 0
+    assert len(TrajectoryStore(tmp_path / "run" / "trajectory").rounds) == 4
+    assert tpmm(*offline, "--reference.strategy", "last", "--overwrite", "true") == 0
+
+
+def test_last_starts_in_an_empty_folder(tpmm: Run, offline: list[object], tmp_path: Path) -> None:
+    assert tpmm(*offline, "--ckpt_path", "last") == 0
+    assert len(TrajectoryStore(tmp_path / "run" / "trajectory").rounds) == 3
+
+
+def test_adapters_are_snapshotted_merged_and_exported_as_adapters(
+    tpmm: Run, offline: list[object], policy: Path, tmp_path: Path
+) -> None:
+    assert tpmm(*offline, "--config", "configs/overlays/lora.yaml") == 0
+    run = tmp_path / "run"
+    assert (run / "trajectory" / "round_002" / "adapter" / "adapter_config.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(policy)
+    merged = PeftModel.from_pretrained(base, run / "export" / "merged")
+    assert merged.peft_config["default"].r == 3 * 16
+
+
+def test_an_online_run_pairs_the_best_and_worst_by_the_reward_model(
+    tpmm: Run, policy: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": preference(n)["prompt"]}) + "\n" for n in range(1, 21))
+    )
+    code = tpmm(
+        "fit", "--config", "configs/online.yaml", "--model.policy.name_or_path", policy,
+        "--pairs.annotator.name_or_path", reward_model, "--pairs.annotator.device", "cpu",
+        "--data.train", prompts, "--data.batch_size", 4, "--data.prompts_per_round", 8,
+        "--data.fuse_prompts_per_round", 4, "--pairs.samples", 3, "--pairs.max_new_tokens", 5,
+        "--reference.fusion.steps", 2, "--reference.ship_steps", 2, "--model.rounds", 2,
+        "--trainer.accelerator", "cpu", "--trainer.default_root_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0
+    store = TrajectoryStore(tmp_path / "run" / "trajectory")
+    pairs = read_pairs(store.path(str(store.record(1).pairs)))
+    assert pairs
+    assert all(pair.score_chosen > pair.score_rejected for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--reference.strategy", "lerned"], "unknown strategy 'lerned'; did you mean learned?"),
+        (["--reference.fusion.grouping", "layr"], "unknown group 'layr'; did you mean layer?"),
+        (["--model.loss", "sigmod"], "unknown loss 'sigmod'; did you mean sigmoid?"),
+        (["--trainer.max_steps", 5], "follow from model.rounds and model.epochs_per_round"),
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.batch_size", 64], "fewer than a batch of 64; give more pairs or a smaller"),
+        (["--model.policy.name_or_path", "/no/such/model"], "/no/such/model"),
+        (["--model.label_smoothing", 0.1], "does not use label_smoothing 0.1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    flags: list[object],
+    sentence: str,
+    tpmm: Run,
+    offline: list[object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tpmm(*offline, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert sentence in error[-1]
+    assert "Traceback" not in "".join(error)
+
+
+def test_a_malformed_line_is_named(
+    tpmm: Run, offline: list[object], pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([*lines[:6], '{"prompt": "w1", "chosen": ', *lines[6:]]))
+    assert tpmm(*offline) == 2
+    error = capsys.readouterr().err
+    assert "pairs.jsonl" in error
+    assert "line 7" in error
+
+
+def test_a_fuse_file_that_shares_prompts_with_training_is_refused(
+    tpmm: Run, offline: list[object], pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpmm(*offline, "--data.fuse", pairs) == 2
+    assert "prompts are in the training data and in the held-out data" in capsys.readouterr().err
+
+
+def test_a_snapshot_of_another_model_is_refused(
+    tpmm: Run, offline: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpmm(*offline) == 0
+    other = tmp_path / "other"
+    tiny_llama(tied=False).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    code = tpmm(
+        "fit", "--config", "configs/fusion.yaml", "--model.run", tmp_path / "run", "--data.run",
+        tmp_path / "run", "--model.policy.class_path", "tpmm_pl.models.load.PretrainedPolicy",
+        "--model.policy.init_args.name_or_path", other,
+        "--trainer.default_root_dir", tmp_path / "fusion",
+    )  # fmt: skip
+    assert code == 2
+    assert "does not fit the policy" in capsys.readouterr().err
+
+
+def test_coefficients_are_learned_on_a_finished_trajectory(
+    tpmm: Run, offline: list[object], policy: Path, tmp_path: Path
+) -> None:
+    assert tpmm(*offline) == 0
+    fusion = [
+        "fit", "--config", "configs/fusion.yaml", "--model.run", tmp_path / "run", "--data.run",
+        tmp_path / "run", "--model.policy.class_path", "tpmm_pl.models.load.PretrainedPolicy",
+        "--model.policy.init_args.name_or_path", policy, "--data.steps", 4,
+        "--trainer.default_root_dir", tmp_path / "fusion",
+    ]  # fmt: skip
+    assert tpmm(*fusion) == 0
+    recipe = json.loads((tmp_path / "fusion" / "recipe.json").read_text())
+    assert recipe["snapshots"] == [0, 1, 2]
+    assert len(recipe["coefficients"]) == len(recipe["groups"]) == 4
+    assert all(abs(sum(row) - 1) < 1e-12 for row in recipe["coefficients"])
+
+
+def test_help_lists_the_commands_and_a_wrong_one_names_the_nearest(
+    tpmm: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpmm("--help") == 0
+    assert "fit" in capsys.readouterr().out
+    assert tpmm("fti") == 2
+    assert "did you mean fit?" in capsys.readouterr().err
