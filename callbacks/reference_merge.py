@@ -25,6 +25,9 @@ GUARD_PROMPTS = 64
 _CURVES = {"fuse": "fusion.json", "ship": "ship_fusion.json"}
 
 
+_CURVES = {"fuse": "fusion.json", "ship": "ship.json"}
+
+
 class ReferenceMerge(RoundCallback):
     """Makes the reference after every round and sets the policy that trains next.
 
@@ -105,7 +108,7 @@ class ReferenceMerge(RoundCallback):
         Args:
             context: The round; its module is left holding some merge.
             steps: At most so many.
-            stage: Names the order of the pairs, and the file of the fit's curve.
+            stage: ``fuse`` or ``ship``: names the order of the pairs and the file of the curve.
 
         Raises:
             InputError: If there are no held-out pairs.

@@ -57,6 +57,7 @@ class RoundEvaluation(RoundCallback):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size
+        self._header_printed = False
 
     def stages(self) -> dict[str, Stage]:
         """Return the stages that measure a round and what may be shipped."""
@@ -195,10 +196,13 @@ class RoundEvaluation(RoundCallback):
         records = context.store.rounds
         columns = {name: 0.0 for record in records for name in record.metrics}
         if context.round_index == 0:
+            # its row comes with the next one's, when it is known which columns there are
             return
-        if context.round_index == 1:
+        if not self._header_printed:
+            self._header_printed = True
             print(table_header(columns))
-            print(table_row(records[0], columns))
+            earlier = records[: context.round_index]
+            print("\n".join(table_row(record, columns) for record in earlier))
         print(table_row(records[context.round_index], columns), flush=True)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
-from tpmm_pl.data.pairs import read_pairs, write_pairs
+from tpmm_pl.data.pairs import read_fuse_pool, write_pairs
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.types import Pair, Recipe, RunError
@@ -19,9 +19,9 @@ class RoundPairs(RoundCallback):
 
     Args:
         score_batch_size: Pairs a batch of the pass without gradients.
-        train_on_fuse_pairs: Add the held-out pairs to the next round's training pairs. This is
-            the control that gives a baseline the same information; with the strategy ``learned``
-            it leaks, and is refused.
+        train_on_fuse_pairs: Add all held-out pairs so far to every round's training pairs. This
+            is the control that gives a baseline the same information; with the strategy
+            ``learned`` it leaks, and is refused.
     """
 
     def __init__(self, score_batch_size: int = 128, train_on_fuse_pairs: bool = False) -> None:
@@ -62,9 +62,8 @@ class RoundPairs(RoundCallback):
         index = context.round_index
         context.put_back()
         pairs = self.training_pairs(context, index + 1)
-        fuse = context.store.record(index).fuse
-        if self.train_on_fuse_pairs and fuse is not None:
-            pairs = pairs + read_pairs(context.store.path(fuse))
+        if self.train_on_fuse_pairs:
+            pairs = pairs + read_fuse_pool(context.store, index)
         if not pairs:
             raise RunError(
                 f"round {index + 1} has no pairs: every candidate was a tie or a repetition; raise "

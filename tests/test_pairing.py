@@ -121,6 +121,16 @@ def test_drawn_labels_follow_bradley_terry(difference: float, temperature: float
     assert not any(made.flipped for made in pairs)
 
 
+def test_a_flip_does_not_depend_on_the_label_that_was_drawn() -> None:
+    samples = [c for index in range(4000) for c in completions(str(index), "ab")]
+    noise = LabelNoise(temperature=1.0, flip=0.3)
+    pairs = pair(samples, [1.0, 0.0] * 4000, noise=noise)
+    for word in "ab":
+        drawn = [made.flipped for made in pairs if (made.chosen == word) != made.flipped]
+        share = sum(drawn) / len(drawn)
+        assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / len(drawn)) ** 0.5)
+
+
 def test_extreme_differences_do_not_overflow() -> None:
     noise = LabelNoise(temperature=1e-3)
     assert words(pair(SAMPLES[:2], [0.0, 1e6], noise=noise)) == [("p", "b", "a")]

@@ -81,8 +81,7 @@ def fit(
     *,
     rounds: int = ROUNDS,
     resume: bool = False,
-    first: list[Callback] | None = None,
-    last: list[Callback] | None = None,
+    extra: tuple[list[Callback], list[Callback]] = ([], []),
     evaluate: bool = False,
 ) -> Trainer:
     seed_everything(3, verbose=False)
@@ -107,13 +106,13 @@ def fit(
         noise=LabelNoise(temperature=0.1, flip=0.2),
     )
     callbacks: list[Callback] = [
-        *(first or []),
+        *extra[0],
         TrajectorySnapshot(),
         ReferenceMerge("learned", fusion=FUSION, guard_kl=None, ship_steps=4),
         pairs,
         *([RoundEvaluation(LettersGold(), LettersProxy(), max_new_tokens=6)] if evaluate else []),
         RoundCheckpoint(every_n_steps=2),
-        *(last or []),
+        *extra[1],
     ]
     trainer = Trainer(
         default_root_dir=root,
@@ -151,17 +150,18 @@ def assert_same_trajectory(root: Path, unbroken: TrajectoryStore) -> None:
             assert torch.equal(tensor, unbroken.source(record.round)[name])
 
 
-KILLS: dict[str, Callable[[], dict[str, list[Callback]]]] = {
-    "inside_a_round": lambda: {"last": [KillAtBatch(1, 2)]},
-    "at_the_last_batch": lambda: {"last": [KillAtBatch(1, -1)]},
-    "before_the_snapshot": lambda: {"first": [KillAtStage("snapshot", 2)]},
-    "between_snapshot_and_fusion": lambda: {"first": [KillAtStage("fuse", 2)]},
-    "before_the_next_policy": lambda: {"first": [KillAtStage("next_policy", 1)]},
-    "before_the_pairs": lambda: {"first": [KillAtStage("pairs", 2)]},
-    "before_the_closing_checkpoint": lambda: {"first": [KillAtStage("checkpoint", 2)]},
-    "between_rounds": lambda: {"last": [KillAtStage("checkpoint", 2)]},
-    "in_round_0": lambda: {"first": [KillAtStage("fuse", 0)]},
-    "in_the_last_round_end": lambda: {"first": [KillAtStage("ship", ROUNDS)]},
+# callbacks in front of the others, and behind them
+KILLS: dict[str, Callable[[], tuple[list[Callback], list[Callback]]]] = {
+    "inside_a_round": lambda: ([], [KillAtBatch(1, 2)]),
+    "at_the_last_batch": lambda: ([], [KillAtBatch(1, -1)]),
+    "before_the_snapshot": lambda: ([KillAtStage("snapshot", 2)], []),
+    "between_snapshot_and_fusion": lambda: ([KillAtStage("fuse", 2)], []),
+    "before_the_next_policy": lambda: ([KillAtStage("next_policy", 1)], []),
+    "before_the_pairs": lambda: ([KillAtStage("pairs", 2)], []),
+    "before_the_closing_checkpoint": lambda: ([KillAtStage("checkpoint", 2)], []),
+    "between_rounds": lambda: ([], [KillAtStage("checkpoint", 2)]),
+    "in_round_0": lambda: ([KillAtStage("fuse", 0)], []),
+    "in_the_last_round_end": lambda: ([KillAtStage("ship", ROUNDS)], []),
 }
 
 
@@ -170,7 +170,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     kill: str, start: LettersPolicy, unbroken: TrajectoryStore, tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):
-        fit(tmp_path, start, **KILLS[kill]())
+        fit(tmp_path, start, extra=KILLS[kill]())
     fit(tmp_path, start, resume=True)
     assert_same_trajectory(tmp_path, unbroken)
 

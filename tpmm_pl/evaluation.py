@@ -78,15 +78,15 @@ def accuracy_metrics(pairs: Sequence[Pair], logps: PairLogps, domain: str) -> di
 
 
 _COLUMNS = (
-    ("gold/in_domain", "gold", 6, "{:.3f}"),
-    ("gold/out_of_domain", "gold out", 8, "{:.3f}"),
-    ("merge/gold/in_domain", "merge gold", 10, "{:.3f}"),
-    ("proxy/in_domain", "proxy", 6, "{:.3f}"),
-    ("win/sft/in_domain", "win sft", 7, "{:.2f}"),
-    ("win/previous/in_domain", "win prev", 8, "{:.2f}"),
-    ("kl/policy_sft/in_domain", "KL nats", 7, "{:.2f}"),
-    ("length/in_domain", "tokens", 6, "{:.1f}"),
-    ("accuracy/in_domain", "accuracy", 8, "{:.3f}"),
+    ("gold/in_domain", "gold", 6, "{:z.3f}"),
+    ("gold/out_of_domain", "gold out", 8, "{:z.3f}"),
+    ("merge/gold/in_domain", "merge gold", 10, "{:z.3f}"),
+    ("proxy/in_domain", "proxy", 6, "{:z.3f}"),
+    ("win/sft/in_domain", "win sft", 7, "{:z.2f}"),
+    ("win/previous/in_domain", "win prev", 8, "{:z.2f}"),
+    ("kl/policy_sft/in_domain", "KL nats", 7, "{:z.2f}"),
+    ("length/in_domain", "tokens", 6, "{:z.1f}"),
+    ("accuracy/in_domain", "accuracy", 8, "{:z.3f}"),
 )
 
 

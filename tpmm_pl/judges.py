@@ -47,7 +47,10 @@ class RewardModelJudge:
         if self._loaded is None:
             model, tokenizer = load_reward_model(self.name_or_path, dtype=self.dtype)
             model = nn.Module.to(model, self.device)
-            tokenizer.truncation_side = "left"
+            # on the right: to the left, models with absolute positions would count it
+            tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
+            # the score is read at the last token that the model does not take for padding
+            tokenizer.pad_token_id = model.config.pad_token_id
             self._loaded = model, tokenizer
         model, tokenizer = self._loaded
         texts = [self._text(completion, tokenizer) for completion in completions]

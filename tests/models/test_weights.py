@@ -349,7 +349,7 @@ def test_a_policy_that_becomes_its_untrained_start_can_still_train(tmp_path: Pat
     policy(IDS, labels=IDS).loss.backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if "lora_B" in n}
     assert gradients
-    assert all(g is not None and g.abs().max() > 0 for g in gradients.values())
+    assert all(g is not None and g.abs().max() > 1e-6 for g in gradients.values())
 
 
 @both_models

@@ -16,7 +16,9 @@ from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError
 
 _FREE = ("trainer.", "ckpt_path", "overwrite", "config", "model.init_args.rounds")
-"""Settings that may change when a run goes on."""
+"""Settings that may change without making another run of it."""
+_FREE_WHEN_UNFINISHED = ("pairs.",)
+"""Also these when a run goes on, as after a round that had no pairs."""
 
 
 class RunFinishedError(Exception):
@@ -56,17 +58,18 @@ class RunFolder:
         if overwrite:
             self._delete()
         elif self.config.exists() and self._holds_work():
-            self._refuse_changes(config)
-            if self.finished(rounds):
+            finished = self.finished(rounds)
+            self._refuse_changes(config, _FREE if finished else (*_FREE, *_FREE_WHEN_UNFINISHED))
+            if finished:
                 longer = "" if rounds is None else "raise model.rounds with --ckpt_path last, or "
                 raise RunFinishedError(
                     f"{self.root} holds this run, finished: nothing to do. To go on, {longer}"
-                    "start over with --overwrite true"
+                    "start over with --overwrite"
                 )
             if ckpt_path is None and rounds is not None:
                 raise InputError(
                     f"{self.root} holds an unfinished run; go on with --ckpt_path last, or start "
-                    "over with --overwrite true"
+                    "over with --overwrite"
                 )
         write_text(self.config, yaml.safe_dump(config, sort_keys=False))
         if ckpt_path == "last":
@@ -92,16 +95,16 @@ class RunFolder:
         # a config alone is of a run that ended on bad input before it made anything
         return any((self.root / name).exists() for name in ("trajectory", RECIPE))
 
-    def _refuse_changes(self, config: dict[str, Any]) -> None:
+    def _refuse_changes(self, config: dict[str, Any], free: tuple[str, ...]) -> None:
         before = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
         now = _flat(config)
         keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        changed = [key for key in keys if not key.startswith(_FREE)]
+        changed = [key for key in keys if not key.startswith(free)]
         if changed:
             listed = ", ".join(f"{k} ({before.get(k)} -> {now.get(k)})" for k in changed[:8])
             raise InputError(
                 f"{self.root} holds a run with another configuration: {listed}; choose another "
-                "trainer.default_root_dir, or start over with --overwrite true"
+                "trainer.default_root_dir, or start over with --overwrite"
             )
 
     def _delete(self) -> None:

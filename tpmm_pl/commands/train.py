@@ -38,7 +38,7 @@ class RunCLI(LightningCLI):
         for name in CALLBACK_GROUPS:
             parser.add_subclass_arguments(Callback, name, required=False)
         parser.add_argument(
-            "--overwrite", type=bool, default=False, help="start over in a folder that is in use"
+            "--overwrite", action="store_true", help="start over in a folder that is in use"
         )
 
     def before_instantiate_classes(self) -> None:

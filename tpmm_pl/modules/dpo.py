@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import cos, pi
 from typing import Any, Literal
 
@@ -14,8 +15,16 @@ from torch import Tensor, nn
 from tpmm_pl.losses import log_ratio_margin, preference_loss
 from tpmm_pl.models.scoring import PairScorer, per_token
 from tpmm_pl.models.source import PolicySource
+from tpmm_pl.registry import lookup
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda left: 1.0,
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - cos(pi * left)) / 2,
+}
+"""Factors on the learning rate by the share of a round that is left after the warm-up."""
 
 
 class DPOModule(LightningModule):
@@ -56,6 +65,9 @@ class DPOModule(LightningModule):
             raise InputError(
                 f"rounds {rounds} and epochs_per_round {epochs_per_round} must be at least 1"
             )
+        if not 0 <= warmup <= 1:
+            raise InputError(f"warmup is {warmup}; it is a share of a round's steps, in [0, 1]")
+        lookup("schedule", schedule, SCHEDULES)
         self.policy_source = policy
         self.make_optimizer = optimizer
         self.rounds = rounds
@@ -145,6 +157,4 @@ def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float
     """
     if progress < warmup:
         return progress / warmup
-    left = 1 - (progress - warmup) / (1 - warmup)
-    factors = {"constant": 1.0, "linear": left, "cosine": (1 - cos(pi * left)) / 2}
-    return factors[schedule]
+    return SCHEDULES[schedule](1 - (progress - warmup) / (1 - warmup))

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.callbacks.letters_run import (
+    context_of,
+    fuse_pairs,
+    letters_data,
+    letters_pairs,
+    round_pairs,
+    snapshots,
+)
+from tpmm_pl.callbacks import ReferenceMerge, RoundContext, TrajectorySnapshot, finish_round
+from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.pairing import LabelNoise
+from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.toy.letters import split_of
+from tpmm_pl.toy.start import LettersPolicy
+from tpmm_pl.types import Completion, InputError, RunError
+
+
+def tied(completions: Sequence[Completion]) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def test_pairs_of_both_kinds_come_from_their_own_prompts(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = context_of(tmp_path, start)
+    finish_round([TrajectorySnapshot(), letters_pairs()], context)
+    for pairs, split, name in (
+        (round_pairs(context.store, 0), "train", "round-001"),
+        (fuse_pairs(context.store, 0), "fuse", "fuse-000"),
+    ):
+        assert pairs
+        assert {split_of(pair.prompt) for pair in pairs} == {split}
+        assert {pair.prompt_id[:-5] for pair in pairs} == {name}
+
+
+def test_training_pairs_are_sampled_from_the_next_policy_and_fuse_pairs_from_the_last(
+    start: LettersPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    start_weight = context.store.source(0)["model.embed_tokens.weight"]
+    last_weight = context.store.source(1)["model.embed_tokens.weight"]
+    held: dict[str, tuple[bool, bool]] = {}
+
+    def recorded(model: LettersPolicy, *rest: object, **settings: str) -> list[Completion]:
+        weight = context.policy.get_parameter("model.embed_tokens.weight")
+        same = bool((weight == start_weight).all()), bool((weight == last_weight).all())
+        held[settings["key"].rpartition("/")[2]] = same
+        return sample_completions(model, *rest, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tpmm_pl.callbacks.on_policy_pairs.sample_completions", recorded)
+    merge = ReferenceMerge("initial", next_policy="merge")
+    finish_round([letters_pairs(), merge], context)
+    assert held == {"fuse_pairs": (False, True), "pairs": (True, False)}
+
+
+def test_fuse_pairs_are_scored_under_the_start(start: LettersPolicy, tmp_path: Path) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_round([letters_pairs(), ReferenceMerge("last")], context)
+    pairs = fuse_pairs(context.store, 1)
+    logps = score_pairs(start.load_model(), pairs, pad_id=0, batch_size=128)
+    assert [pair.ref_chosen_logps for pair in pairs] == logps.chosen.tolist()
+    assert [pair.ref_rejected_logps for pair in pairs] == logps.rejected.tolist()
+
+
+def test_a_bad_batch_of_annotation_touches_the_training_pairs_of_its_round_only(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 2)
+    pairs = letters_pairs(noise=LabelNoise(), flip_in_rounds={2: 1.0})
+    for index in range(3):
+        finish_round([pairs], RoundContext(context.policy, context.store, index, data=context.data))
+    flipped = [{pair.flipped for pair in round_pairs(context.store, index)} for index in range(3)]
+    assert flipped == [{False}, {True}, {False}]
+    for index in range(3):
+        assert not any(pair.flipped for pair in fuse_pairs(context.store, index))
+
+
+def test_a_round_without_any_pair_ends_the_run_and_says_what_to_do(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = context_of(tmp_path, start)
+    pairs = letters_pairs(annotator=tied, noise=LabelNoise())
+    with pytest.raises(RunError, match=r"^round 1 has no pairs: .*resume with --ckpt_path last$"):
+        finish_round([TrajectorySnapshot(), pairs], context)
+    assert context.store.record(0).pairs is None
+    assert context.store.record(0).fuse is None
+
+
+def test_fewer_pairs_than_a_batch_are_warned_of(start: LettersPolicy, tmp_path: Path) -> None:
+    context = context_of(tmp_path, start, data=letters_data(batch_size=1000))
+    logged: dict[str, float] = {}
+    context.log = logged.update
+    with pytest.warns(UserWarning, match=r"^round 1 trains on \d+ pairs, fewer than a batch of 10"):
+        finish_round([TrajectorySnapshot(), letters_pairs()], context)
+    pairs = round_pairs(context.store, 0)
+    assert logged["pairs/count"] == len(pairs)
+    assert logged["pairs/flipped"] == sum(pair.flipped for pair in pairs) / len(pairs)
+
+
+def test_the_batch_size_of_sampling_does_not_change_the_pairs(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    found = []
+    for size in (3, 256):
+        context = context_of(tmp_path / str(size), start)
+        finish_round([TrajectorySnapshot(), letters_pairs(batch_size=size)], context)
+        found.append([(p.prompt_id, p.chosen_ids) for p in round_pairs(context.store, 0)])
+    assert found[0] == found[1]
+
+
+def test_data_without_prompts_are_refused(start: LettersPolicy, tmp_path: Path) -> None:
+    context = context_of(tmp_path, start)
+    finish_round([TrajectorySnapshot()], context)
+    context.data = SimpleNamespace(tokenizer=None)
+    with pytest.raises(InputError, match="data with prompts, and SimpleNamespace has none; use"):
+        finish_round([letters_pairs()], context)
+
+
+@pytest.mark.parametrize("setting", ["samples", "fuse_samples"])
+def test_one_sample_makes_no_pair(setting: str) -> None:
+    with pytest.raises(InputError, match="must be at least 2 for a pair"):
+        letters_pairs(**{setting: 1})

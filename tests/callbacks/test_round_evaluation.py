@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.callbacks.letters_run import context_of, letters_data, snapshots
+from tpmm_pl.callbacks import ReferenceMerge, RoundContext, RoundEvaluation, finish_round
+from tpmm_pl.data.pairs import read_pairs
+from tpmm_pl.toy.judges import LettersGold, LettersProxy
+from tpmm_pl.toy.start import LettersPolicy
+
+MEASURED = ("gold", "proxy", "length", "kl/policy_sft")
+COMPARED = ("win/sft", "win/previous", "accuracy")
+DOMAINS = ("in_domain", "out_of_domain")
+
+
+def evaluation(**settings: Any) -> RoundEvaluation:
+    return RoundEvaluation(LettersGold(), LettersProxy(), max_new_tokens=6, **settings)
+
+
+def finish_all(context: RoundContext, *callbacks: Any) -> None:
+    """Finish every round of a trajectory of snapshots."""
+    for index in range(context.round_index + 1):
+        final = index == context.round_index
+        of_round = RoundContext(
+            context.policy, context.store, index, data=context.data, final=final
+        )
+        finish_round(list(callbacks), of_round)
+
+
+@pytest.fixture(scope="module")
+def measured(start: LettersPolicy, tmp_path_factory: pytest.TempPathFactory) -> RoundContext:
+    context = snapshots(tmp_path_factory.mktemp("measured"), start, 2)
+    finish_all(context, ReferenceMerge("uniform"), evaluation())
+    return context
+
+
+def test_a_round_has_the_metrics_of_the_manifest(measured: RoundContext) -> None:
+    records = measured.store.rounds
+    for domain in DOMAINS:
+        for name in MEASURED:
+            assert all(f"{name}/{domain}" in record.metrics for record in records)
+        for name in (*MEASURED, *COMPARED):
+            assert f"{name}/{domain}" in records[1].metrics
+            assert f"merge/{name}/{domain}" in records[1].metrics
+        for name in COMPARED:
+            assert f"{name}/{domain}" not in records[0].metrics, "the start is not its own rival"
+    assert not any(name.startswith("merge/") for name in records[0].metrics)
+
+
+def test_what_may_be_shipped_is_measured_sampled_and_greedy(measured: RoundContext) -> None:
+    metrics = measured.store.record(2).metrics
+    for name in ("last", "merge", "average"):
+        for mode in ("sampled", "greedy"):
+            assert f"ship/{name}/{mode}/gold/in_domain" in metrics
+    # the last recipe of uniform is the average
+    assert metrics["ship/merge/sampled/gold/in_domain"] == pytest.approx(
+        metrics["ship/average/sampled/gold/in_domain"]
+    )
+    assert metrics["ship/last/sampled/gold/in_domain"] == metrics["gold/in_domain"]
+
+
+def test_the_start_has_no_divergence_from_itself(measured: RoundContext) -> None:
+    for domain in DOMAINS:
+        assert abs(measured.store.record(0).metrics[f"kl/policy_sft/{domain}"]) < 1e-5
+        assert measured.store.record(2).metrics[f"kl/policy_sft_k3/{domain}"] > 1e-3
+
+
+def test_the_same_policy_gets_the_same_answers_and_wins_half(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 0)
+    context.store.add_snapshot(1, dict(context.store.source(0)))
+    finish_all(context_of(tmp_path, start, 1, store=context.store), evaluation())
+    scores = [
+        json.loads((context.store.folder(index) / "scores.json").read_text()) for index in (0, 1)
+    ]
+    assert scores[0] == scores[1]
+    assert len(set(scores[0]["in_domain"]["proxy"])) > 1
+    metrics = context.store.record(1).metrics
+    for name in ("win/sft", "win/sft_low", "win/sft_high", "win/previous"):
+        assert metrics[f"{name}/in_domain"] == 0.5
+    assert metrics["accuracy/in_domain"] == 0.0, "no pair has a margin"
+
+
+def test_win_rates_are_those_of_the_written_scores(measured: RoundContext) -> None:
+    scores = [
+        json.loads((measured.store.folder(index) / "scores.json").read_text()) for index in range(3)
+    ]
+    for opponent, index in (("sft", 0), ("previous", 1)):
+        ours, theirs = (scores[i]["in_domain"]["gold"] for i in (2, index))
+        wins = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)]
+        found = measured.store.record(2).metrics[f"win/{opponent}/in_domain"]
+        assert found == pytest.approx(sum(wins) / len(wins))
+
+
+def test_held_out_pairs_are_labelled_by_gold_without_noise(measured: RoundContext) -> None:
+    for domain in DOMAINS:
+        pairs = read_pairs(measured.store.folder(0) / f"held_out_{domain}.parquet")
+        assert pairs
+        assert all(pair.score_chosen > pair.score_rejected for pair in pairs)
+        assert all(pair.ref_chosen_logps < 0 for pair in pairs)
+
+
+def test_evaluation_leaves_the_policy_untouched(start: LettersPolicy, tmp_path: Path) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_all(context, ReferenceMerge("last"), evaluation())
+    before = {name: p.detach().clone() for name, p in context.policy.named_parameters()}
+    state = torch.get_rng_state()
+    again = RoundContext(context.policy, context.store, 1, data=letters_data())
+    again.data.tokenizer = start.load_tokenizer()
+    evaluation().evaluate(again)
+    finish_round([], again)
+    for name, parameter in context.policy.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is None
+    assert torch.equal(torch.get_rng_state(), state), "no global random state is used"
+
+
+def test_a_row_a_round_is_printed_below_one_header(
+    start: LettersPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = snapshots(tmp_path, start, 2)
+    finish_all(context, ReferenceMerge("uniform"), evaluation())
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[:4]]
+    assert [words[0] for words in table] == ["round", "0", "1", "2"]
+    assert "-0.00" not in lines[1]
+    assert "of what may be shipped" in lines[5]
+
+
+def test_without_judges_and_pairs_nothing_is_measured(start: LettersPolicy, tmp_path: Path) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_all(context, RoundEvaluation())
+    assert [record.metrics for record in context.store.rounds] == [{}, {}]

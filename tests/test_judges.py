@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from tests.models.tiny import EOS, PAD, tiny_tokenizer
+from tpmm_pl.judges import RewardModelJudge
+from tpmm_pl.types import Completion, Judge, Prompt
+
+TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
+
+SIZES: dict[str, Any] = {"vocab_size": 32, "num_labels": 1, "bos_token_id": None}
+
+
+def save_llama(folder: Path, *, pad_id: int | None = PAD, **tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=pad_id,
+        eos_token_id=EOS,
+        **SIZES,
+    )
+    return save(LlamaForSequenceClassification(config), folder, **tokenizer)
+
+
+def save_gpt2(folder: Path, **tokenizer: Any) -> Path:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, n_positions=64, pad_token_id=PAD, eos_token_id=EOS, **SIZES
+    )
+    return save(GPT2ForSequenceClassification(config), folder, **tokenizer)
+
+
+def save(model: Any, folder: Path, *, template: str | None = None, **settings: Any) -> Path:
+    for parameter in model.parameters():
+        parameter.data *= 5
+    tokenizer = tiny_tokenizer(template=False)
+    tokenizer.chat_template = template
+    for name, value in settings.items():
+        tokenizer.init_kwargs[name] = value
+        setattr(tokenizer, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def completion(text: str, *, conversation: bool = False) -> Completion:
+    messages = ({"role": "user", "content": "w1 w2"},) if conversation else None
+    prompt = Prompt("p", "w1 w2 ", (7, 8), messages)
+    return Completion(prompt, 0, (9,), text, True, 0.0)
+
+
+COMPLETIONS = [completion(" ".join(["w3", "w4", "w5", "w9"] * n + ["w6"])) for n in (4, 1, 7, 2, 3)]
+
+
+@torch.no_grad()
+def score(folder: Path, ids: list[int]) -> float:
+    """The model's own score of a row alone, without padding."""
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    return float(model(torch.tensor([ids])).logits)
+
+
+@pytest.mark.parametrize("make", [save_llama, save_gpt2])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_order_and_batch_size_do_not_change_scores(make: Any, side: str, tmp_path: Path) -> None:
+    folder = str(make(tmp_path / "judge", padding_side=side))
+    judge: Judge = RewardModelJudge(folder, batch_size=1, device="cpu")
+    alone = judge(COMPLETIONS)
+    assert len({round(value, 3) for value in alone}) == len(COMPLETIONS)
+    together = RewardModelJudge(folder, batch_size=8, device="cpu")
+    assert together(COMPLETIONS) == pytest.approx(alone, abs=1e-4)
+    assert together(COMPLETIONS[::-1]) == pytest.approx(alone[::-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("pad", ["<eos>", "<unk>"])
+def test_rows_are_padded_with_what_the_model_takes_for_padding(pad: str, tmp_path: Path) -> None:
+    # the model looks for the last token that is not <pad>, and the tokenizer pads otherwise
+    folder = save_llama(tmp_path / "judge", pad_token=pad)
+    alone = RewardModelJudge(str(folder), batch_size=1, device="cpu")(COMPLETIONS)
+    together = RewardModelJudge(str(folder), batch_size=8, device="cpu")(COMPLETIONS)
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_model_without_a_padding_token_takes_the_tokenizers(tmp_path: Path) -> None:
+    folder = str(save_llama(tmp_path / "judge", pad_id=None))
+    alone = RewardModelJudge(folder, batch_size=1, device="cpu")(COMPLETIONS)
+    together = RewardModelJudge(folder, batch_size=8, device="cpu")(COMPLETIONS)
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_conversation_is_read_through_the_judges_own_template(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "judge", template=TEMPLATE)
+    (found,) = RewardModelJudge(str(folder), device="cpu")([completion("w3", conversation=True)])
+    # <user> w1 w2 <assistant> w3
+    assert found == pytest.approx(score(folder, [3, 7, 8, 4, 9]), abs=1e-5)
+
+
+@pytest.mark.parametrize("conversation", [True, False])
+def test_without_a_template_the_texts_are_joined(conversation: bool, tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "judge")
+    answer = completion("w3", conversation=conversation)
+    (found,) = RewardModelJudge(str(folder), device="cpu")([answer])
+    assert found == pytest.approx(score(folder, [7, 8, 9]), abs=1e-5)
+
+
+def test_of_a_long_text_the_end_is_kept(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "judge")
+    judge = RewardModelJudge(str(folder), max_length=3, device="cpu")
+    (found,) = judge([completion("w3 w4 w5")])
+    assert found == pytest.approx(score(folder, [9, 10, 11]), abs=1e-5)
+
+
+def test_no_completions_have_no_scores(tmp_path: Path) -> None:
+    assert RewardModelJudge(str(save_llama(tmp_path / "judge")), device="cpu")([]) == []
+
+
+def test_a_judge_is_loaded_when_it_first_scores(tmp_path: Path) -> None:
+    judge = RewardModelJudge(str(tmp_path / "judge"), device="cpu")
+    save_llama(tmp_path / "judge")
+    assert len(judge(COMPLETIONS)) == len(COMPLETIONS)
