@@ -3,9 +3,10 @@
     python benchmarks/quickstart.py --repeats 3 --whole
 
 Runs the arms ``last`` and ``learned`` of ``configs/quickstart.yaml`` in turn, as processes of one
-thread, and adds up the seconds that the manifests hold. Evaluation and shipping are no part of a
-round: both arms do the same there. ``--whole`` also takes the time of the quickstart as a newcomer
-meets it, its supervised start not yet cached. ``--quick`` takes a small model and three rounds.
+thread, and adds up the seconds that the manifests hold; their clock is the CPU time of the run, so
+that other processes do not count. Evaluation and shipping are no part of a round. ``--whole`` also
+times the quickstart as a newcomer meets it: its supervised start not yet cached, the figure drawn.
+``--quick`` takes a small model and three rounds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,27 +32,44 @@ BAR = 1.9
 LIMIT = 300
 """Seconds the whole quickstart may take."""
 
+ON_CPU_TIME = (
+    "import time; time.perf_counter = time.process_time; from tpmm_pl.cli import main; main()"
+)
+"""The command line of `tpmm`, with stages timed by the CPU seconds of the process."""
+
 QUICK = [
     "--model.policy.hidden", "32", "--model.policy.layers", "2", "--model.policy.steps", "150",
     "--model.rounds", "3", "--data.prompts_per_round", "48", "--data.evaluation_prompts", "64",
 ]  # fmt: skip
 
 
-def fit(out: Path, arm: str, extra: list[str], threads: int | None = 1) -> list[Record]:
-    """Run an arm and return its records.
+def fit(out: Path, arm: str, extra: list[str]) -> list[Record]:
+    """Run an arm in one thread and return its records.
 
     Raises:
         SystemExit: If the run fails, with the end of its output.
     """
-    command = [sys.executable, "-m", "tpmm_pl.cli", "fit", "--config", "configs/quickstart.yaml"]
+    command = [sys.executable, "-c", ON_CPU_TIME, "fit", "--config", "configs/quickstart.yaml"]
     command += ["--reference.strategy", arm, "--trainer.default_root_dir", str(out), *extra]
-    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **limit}, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-2000:]}")
     return TrajectoryStore(out / "trajectory").rounds
+
+
+def whole_seconds(folder: Path, extra: list[str]) -> tuple[float, float]:
+    """Return wall and CPU seconds of the quickstart from an empty cache to its figure."""
+    before, started = _children_cpu(), time.perf_counter()
+    fit(folder / "whole", "learned", [*extra, "--model.policy.cache_dir", str(folder / "cache")])
+    return time.perf_counter() - started, _children_cpu() - before
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def stage_seconds(records: Iterable[Record]) -> dict[str, float]:
@@ -111,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     extra = QUICK if options.quick else []
     runs: dict[str, list[dict[str, float]]] = {"last": [], "learned": []}
-    settings = {"quick": options.quick, "repeats": options.repeats, "machine": platform.machine()}
+    settings = {"quick": options.quick, "repeats": options.repeats}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for repeat in range(options.repeats):
@@ -123,12 +141,12 @@ def main() -> None:
         ratios = {key: statistics.median(r[key] for r in several) for key in several[0]}
         text = table(runs, ratios) + f"\n\nThe bar of `rounds_learned_over_last` is {BAR}."
         if options.whole:
-            started = time.perf_counter()
-            cache = ["--model.policy.cache_dir", str(folder / "cache")]
-            fit(folder / "whole", "learned", [*extra, *cache], threads=None)
-            whole = time.perf_counter() - started
-            ratios["whole_over_limit"] = whole / LIMIT
-            text += f"\nThe whole quickstart: {whole:.0f} seconds of wall time, limit {LIMIT}."
+            wall, cpu = whole_seconds(folder, extra)
+            ratios["whole_over_limit"] = wall / LIMIT
+            text += (
+                f"\nThe whole quickstart on one thread: {wall:.0f} seconds of wall time, "
+                f"{cpu:.0f} of CPU time; the limit is {LIMIT}."
+            )
     print(text)
     if options.json:
         content = {"ratios": ratios, "settings": settings}

@@ -22,9 +22,6 @@ from tpmm_pl.types import InputError, OffersPrompts, Recipe
 GUARD_PROMPTS = 64
 """At most so many prompts are answered to measure the divergence of a learned merge."""
 
-_CURVES = {"fuse": "fusion.json", "ship": "ship_fusion.json"}
-
-
 _CURVES = {"fuse": "fusion.json", "ship": "ship.json"}
 
 
@@ -45,7 +42,7 @@ class ReferenceMerge(RoundCallback):
             or more; above it the round falls back to uniform. ``None``: no guard.
         ship: What is exported as merged: the last ``merge``, the plain ``average`` of the
             trajectory, or a ``learned`` fit of its own at the end.
-        ship_steps: Steps of that fit.
+        ship_steps: Steps of that fit; 0 leaves it out.
     """
 
     def __init__(
@@ -62,6 +59,8 @@ class ReferenceMerge(RoundCallback):
     ) -> None:
         super().__init__()
         check_strategy(strategy)
+        if ship == "learned" and not ship_steps:
+            raise InputError("ship: learned needs ship_steps above 0")
         by_default = "merge" if strategy in ("uniform", "ema", "learned") else "last"
         self.strategy = strategy
         self.next_policy = next_policy or by_default
@@ -84,17 +83,15 @@ class ReferenceMerge(RoundCallback):
     def make_reference(self, context: RoundContext) -> None:
         """Write the recipe of the next round's reference."""
         index = context.round_index
+        if "learned" in (self.strategy, self.ship):
+            _check_held_out(context)
         if self.strategy == "learned":
-            _refuse_control(context)
-        if self.strategy != "learned":
+            recipe = self._learned(context)
+        else:
             previous = context.store.record(index - 1).recipe if index else None
             recipe = fixed_recipe(
                 self.strategy, index, window=self.window, alpha=self.alpha, previous=previous
             )
-        elif index == 0:
-            recipe = one_hot(0, "learned")
-        else:
-            recipe = self._guarded(context, self.learn(context, self.fusion.steps, "fuse"))
         content = {**recipe.to_json(), "sha256": context.store.recipe_sha256(recipe)}
         write_text(context.store.folder(index) / "recipe.json", json.dumps(content, indent=1))
         context.store.update(index, recipe=recipe)
@@ -134,7 +131,7 @@ class ReferenceMerge(RoundCallback):
         write_text(store.folder(index) / _CURVES[stage], json.dumps(curve, indent=1))
         if (sentence := fit_warning(recipe)) is not None:
             warnings.warn(f"round {index}: {sentence}", stacklevel=2)
-            store.update(index, notes={"fusion": sentence.split(":")[0]})
+            store.update(index, notes={stage: sentence.split(":")[0]})
         return recipe
 
     def set_next_policy(self, context: RoundContext) -> None:
@@ -158,11 +155,14 @@ class ReferenceMerge(RoundCallback):
             "average": fixed_recipe("uniform", index),
         }
         held_out = any(r.fuse for r in context.store.rounds)
-        if held_out and not _trains_on_fuse_pairs(context):
+        if held_out and self.ship_steps and not _trains_on_fuse_pairs(context):
             recipes["learned"] = self.learn(context, self.ship_steps, "ship")
-        if self.ship not in recipes:
-            raise InputError(f"ship: {self.ship} needs held-out pairs; choose merge or average")
         context.store.update(index, ship={**recipes, "chosen": recipes[self.ship]})
+
+    def _learned(self, context: RoundContext) -> Recipe:
+        if context.round_index == 0:
+            return one_hot(0, "learned")
+        return self._guarded(context, self.learn(context, self.fusion.steps, "fuse"))
 
     def _guarded(self, context: RoundContext, recipe: Recipe) -> Recipe:
         alarm = self._alarm(context, recipe)
@@ -191,9 +191,8 @@ def start_divergence(context: RoundContext, recipe: Recipe) -> float:
     """Estimate KL(merge || starting policy) in nats a sequence on the round's held-out prompts."""
     tokenizer = context.data.tokenizer
     prompts = context.data.fuse_prompts(context.round_index)[:GUARD_PROMPTS]
-    budget = max(
-        len(pair.chosen_ids) for pair in read_fuse_pool(context.store, context.round_index)
-    )
+    pool = read_fuse_pool(context.store, context.round_index)
+    budget = max(len(pair.chosen_ids) for pair in pool)
     context.load(recipe)
     with context.fabric.autocast():
         completions = sample_completions(
@@ -205,13 +204,15 @@ def start_divergence(context: RoundContext, recipe: Recipe) -> float:
     return float(torch.tensor([c.logps for c in completions]).sub(start).mean())
 
 
-def _trains_on_fuse_pairs(context: RoundContext) -> bool:
-    return "control" in context.store.record(0).notes
-
-
-def _refuse_control(context: RoundContext) -> None:
+def _check_held_out(context: RoundContext) -> None:
+    # before the first round: a mistake must not come to light after a round of training
     if _trains_on_fuse_pairs(context):
         raise InputError(
             "learned coefficients need held-out pairs, but train_on_fuse_pairs adds them to "
             "training; choose another strategy for this control arm"
         )
+    read_fuse_pool(context.store, context.round_index)
+
+
+def _trains_on_fuse_pairs(context: RoundContext) -> bool:
+    return "control" in context.store.record(0).notes

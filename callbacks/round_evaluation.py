@@ -161,7 +161,7 @@ class RoundEvaluation(RoundCallback):
     def _write_held_out_pairs(self, context: RoundContext) -> None:
         context.load(one_hot(0))
         known = dict(context.data.eval_pairs()) or self._clean_pairs(context)
-        for domain, pairs in known.items():
+        for domain, pairs in ((domain, pairs) for domain, pairs in known.items() if pairs):
             logps = self._score(context, pairs)
             columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
             scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
@@ -173,10 +173,11 @@ class RoundEvaluation(RoundCallback):
         pairs = {}
         for domain, prompts in context.data.eval_prompts().items():
             key = f"{context.seed}/held_out/{domain}"
-            completions = sample_completions(
-                context.policy, context.data.tokenizer, prompts, samples=2,
-                max_new_tokens=self.max_new_tokens, key=key, batch_size=self.batch_size,
-            )  # fmt: skip
+            with context.fabric.autocast():
+                completions = sample_completions(
+                    context.policy, context.data.tokenizer, prompts, samples=2,
+                    max_new_tokens=self.max_new_tokens, key=key, batch_size=self.batch_size,
+                )  # fmt: skip
             pairs[domain] = pair_completions(
                 completions,
                 self.judges["gold"](completions),

@@ -7,7 +7,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from tpmm_pl.fabric import fabric_like, fit_with_fabric
 
@@ -30,7 +30,7 @@ class Line(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         self.indices.append(batch_idx)
-        return (self.weight - batch).square().sum()
+        return (self.weight - batch).square()
 
     @property
     def finished(self) -> bool:
@@ -107,7 +107,9 @@ def test_a_fabric_has_the_devices_and_precision_of_its_trainer(precision: Any) -
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Line(), DataLoader(ones(1)))
+    trainer.fit(
+        Line(), DataLoader(TensorDataset(torch.ones(1)), collate_fn=lambda rows: rows[0][0])
+    )
     (like,) = found
     assert like.device == trainer.strategy.root_device == torch.device("cpu")
     assert (like.world_size, like.global_rank) == (1, 0)

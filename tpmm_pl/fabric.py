@@ -18,12 +18,12 @@ def fabric_like(trainer: Trainer) -> Fabric:
     Args:
         trainer: A trainer whose strategy has been set up.
     """
-    distributed = trainer.world_size > 1
+    accelerator = trainer.accelerator.name()
     fabric = Fabric(
-        accelerator=trainer.accelerator.name() if trainer.world_size == 1 else "auto",
-        devices=trainer.num_devices if distributed else 1,
+        accelerator=accelerator,
+        devices=trainer.num_devices if accelerator == "cpu" else trainer.device_ids,
         num_nodes=trainer.num_nodes,
-        strategy="ddp" if distributed else "auto",
+        strategy="ddp" if trainer.world_size > 1 else "auto",
         precision=trainer.precision,
         loggers=[],
     )

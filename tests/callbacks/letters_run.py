@@ -111,7 +111,7 @@ def fuse_pairs(store: TrajectoryStore, round_index: int) -> list[Pair]:
 def context_of(
     root: Path, source: PolicySource, round_index: int = 0, **settings: Any
 ) -> RoundContext:
-    """Return the context of a round's end without a Trainer, in a new trajectory if there is none."""
+    """Return the context of a round's end without a Trainer, by default in a new trajectory."""
     data = settings.pop("data", None) or letters_data()
     data.tokenizer = source.load_tokenizer()
     store = settings.pop("store", None) or TrajectoryStore(root / "trajectory")

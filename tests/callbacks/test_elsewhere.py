@@ -44,7 +44,11 @@ CALLBACKS: list[RoundCallback] = [
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     recorder, fit, init = Recorder(), Trainer.fit, Trainer.__init__
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+    }
 
     def quiet_init(self: Trainer, **settings: Any) -> None:
         init(self, **settings, **quiet, enable_checkpointing=False)

@@ -150,7 +150,7 @@ def test_the_fit_of_shipping_has_a_curve_of_its_own(context: RoundContext) -> No
     finish_round([ReferenceMerge(fusion=FUSION, ship_steps=3, ship="learned")], context)
     folder = context.store.folder(2)
     assert json.loads((folder / "fusion.json").read_text())["steps"] == FUSION.steps
-    assert json.loads((folder / "ship_fusion.json").read_text())["steps"] == 3
+    assert json.loads((folder / "ship.json").read_text())["steps"] == 3
     ship = context.store.record(2).ship
     assert set(ship) == {"merge", "average", "learned", "chosen"}
     assert ship["chosen"] == ship["learned"] != ship["merge"] == context.store.record(2).recipe
@@ -191,7 +191,7 @@ def test_a_fit_that_did_not_move_or_collapsed_is_warned_of(
     reference = ReferenceMerge(fusion=fusion, guard_kl=None, guard_weight=None)
     with pytest.warns(UserWarning, match=f"^round 2: {sentence}"):
         finish_round([reference], context)
-    assert context.store.record(2).notes["fusion"].startswith(sentence)
+    assert context.store.record(2).notes["fuse"].startswith(sentence)
 
 
 def test_a_control_arm_trains_on_the_fuse_pairs(start: LettersPolicy, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_control_arm_that_learns_is_refused_before_it_trains(
 
 def test_learning_without_held_out_pairs_is_refused(start: LettersPolicy, tmp_path: Path) -> None:
     context = snapshots(tmp_path, start, 1)
-    with pytest.raises(InputError, match="need held-out pairs, and .* has none; give"):
+    with pytest.raises(InputError, match=r"need held-out pairs, and .* has none; give"):
         finish_round([ReferenceMerge("learned")], context)
 
 
@@ -231,7 +231,7 @@ def test_shipping_a_learned_merge_needs_held_out_pairs(
 ) -> None:
     context = snapshots(tmp_path, start, 1)
     context.final = True
-    with pytest.raises(InputError, match="ship: learned needs held-out pairs; choose merge or"):
+    with pytest.raises(InputError, match="learned coefficients need held-out pairs, and"):
         finish_round([ReferenceMerge("uniform", ship="learned")], context)
 
 
@@ -254,7 +254,14 @@ def test_the_next_policy_is_the_merge_bit_for_bit(start: LettersPolicy, tmp_path
         assert torch.equal(parameter, 0.5 * first[name] + 0.5 * second[name]), name
 
 
-def test_the_start_needs_no_fit(start: LettersPolicy, tmp_path: Path) -> None:
+def test_learning_without_held_out_pairs_is_refused_before_the_first_round(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
     context = context_of(tmp_path, start)
-    finish_round([TrajectorySnapshot(), ReferenceMerge("learned")], context)
-    assert context.store.record(0).recipe == Recipe("learned", (0,))
+    with pytest.raises(InputError, match="learned coefficients need held-out pairs, and"):
+        finish_round([TrajectorySnapshot(), ReferenceMerge("learned")], context)
+
+
+def test_a_learned_fit_for_shipping_needs_steps() -> None:
+    with pytest.raises(InputError, match="ship: learned needs ship_steps above 0"):
+        ReferenceMerge("uniform", ship="learned", ship_steps=0)

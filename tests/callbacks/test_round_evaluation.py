@@ -70,6 +70,13 @@ def test_the_start_has_no_divergence_from_itself(measured: RoundContext) -> None
         assert measured.store.record(2).metrics[f"kl/policy_sft_k3/{domain}"] > 1e-3
 
 
+def test_divergence_is_from_the_start(start: LettersPolicy, tmp_path: Path) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_all(context, evaluation())
+    # no merge: what is answered under the policy is scored under the start, not under itself
+    assert context.store.record(1).metrics["kl/policy_sft_k3/in_domain"] > 1e-3
+
+
 def test_the_same_policy_gets_the_same_answers_and_wins_half(
     start: LettersPolicy, tmp_path: Path
 ) -> None:

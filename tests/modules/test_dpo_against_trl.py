@@ -15,7 +15,8 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from tests.callbacks.recorder import Recorder
 from tests.models.tiny import PAD, WORDS, tiny_llama, tiny_tokenizer
@@ -56,7 +57,7 @@ class RecordedDPOTrainer(DPOTrainer):
     losses: list[float]
 
     def training_step(self, model: nn.Module, inputs: Any, *rest: Any) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, *rest)
+        loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[no-untyped-call]
         self.losses.append(loss.item())
         return loss
 
@@ -173,7 +174,8 @@ def test_twenty_steps_cost_what_trls_do(
     first: float,
 ) -> None:
     trainer = fit_trl(rows, trls_name, smoothing, tmp_path)
-    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
+    fed: Any = trainer.train_dataset
+    for row, pair in zip(fed, pairs, strict=True):
         assert row["prompt_ids"] == list(pair.prompt_ids)
         assert row["chosen_ids"] == list(pair.chosen_ids)
         assert row["rejected_ids"] == list(pair.rejected_ids)

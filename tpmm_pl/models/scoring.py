@@ -36,19 +36,19 @@ class PairScorer:
 
         Args:
             input_ids: ``(N, T)`` int64.
-            attention_mask: ``(N, T)``, 1 on tokens.
+            attention_mask: ``(N, T)``, 1 on tokens; the padding is on the right.
             labels: ``(N, T)`` int64, ``IGNORE_INDEX`` where nothing is scored.
         """
         groups = length_groups(attention_mask)
         logps = [
-            self._group(input_ids[rows, :width], attention_mask[rows, :width], labels[rows, :width])
-            for rows, width in groups
+            self._group(input_ids[rows, :width], labels[rows, :width]) for rows, width in groups
         ]
         order = torch.cat([rows for rows, _ in groups])
         return torch.cat(logps)[order.argsort()]
 
-    def _group(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    def _group(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        # no mask: padding is on the right, where a causal model cannot look from a labelled token
+        inputs = {"input_ids": input_ids, "use_cache": False}
         if self._parts is None:
             return completion_logps(self.model(**inputs).logits, labels, nn.Identity())
         backbone, head = self._parts
