@@ -388,7 +388,9 @@ def main() -> None:
     parser.add_argument("--naive_batches", type=int, help="3 or, if quick, 1")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="a file with a section `fusion`")
+    parser.add_argument(
+        "--write", type=Path, help="a file with a section `fusion` or `fusion_quick`"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.snapshots = options.snapshots or ("2,8" if options.quick else "2,4,8,9")
@@ -404,12 +406,12 @@ def main() -> None:
     text, ratios = measure(options)
     print(text)
     if options.json:
-        shape = asdict(SMALL if options.quick else FULL)
-        settings = {"quick": options.quick, "batches": options.batches, "model": shape}
+        model = asdict(SMALL if options.quick else FULL)
+        settings = {"quick": options.quick, "batches": options.batches, "model": model}
         content = {"ratios": ratios, "settings": {**settings, "torch": torch.__version__}}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if options.write:
-        write_section(options.write, "fusion", text)
+        write_section(options.write, "fusion_quick" if options.quick else "fusion", text)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,15 @@ class OnPolicyPairs(RoundPairs):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.noise = noise or LabelNoise()
-        self.flip_in_rounds = flip_in_rounds or {}
+        self.noise_in_rounds = {
+            index: LabelNoise(self.noise.temperature, flip)
+            for index, flip in (flip_in_rounds or {}).items()
+        }
         self.batch_size = batch_size
 
     def training_pairs(self, context: RoundContext, round_index: int) -> list[Pair]:
         """Sample, judge and pair completions of a coming round's prompts."""
-        flip = self.flip_in_rounds.get(round_index, self.noise.flip)
-        noise = LabelNoise(self.noise.temperature, flip)
+        noise = self.noise_in_rounds.get(round_index, self.noise)
         prompts = _data(context).train_prompts(round_index)
         return self._pairs(context, prompts, self.samples, noise, "pairs")
 

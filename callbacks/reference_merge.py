@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -155,7 +156,7 @@ class ReferenceMerge(RoundCallback):
             "average": fixed_recipe("uniform", index),
         }
         held_out = any(r.fuse for r in context.store.rounds)
-        if held_out and self.ship_steps and not _trains_on_fuse_pairs(context):
+        if held_out and self.ship_steps and not context.store.trained_on_fuse_pairs:
             recipes["learned"] = self.learn(context, self.ship_steps, "ship")
         context.store.update(index, ship={**recipes, "chosen": recipes[self.ship]})
 
@@ -178,13 +179,16 @@ class ReferenceMerge(RoundCallback):
     def _alarm(self, context: RoundContext, recipe: Recipe) -> str | None:
         newest = float(torch.tensor(recipe.coefficients)[:, -1].mean())
         many = len(recipe.snapshots) > 2
+        if not isfinite(newest):
+            return "learned coefficients are not finite"
         if self.guard_weight is not None and many and newest > self.guard_weight:
             return f"learned weight {newest:.2f} on the newest policy"
         if self.guard_kl is None or not isinstance(context.data, OffersPrompts):
             return None
         kl = start_divergence(context, recipe)
         context.log({"fusion/kl_merge_sft": kl})
-        return f"learned merge at KL {kl:.1f}" if kl > self.guard_kl else None
+        # written so that a divergence that is not a number raises the alarm too
+        return None if kl <= self.guard_kl else f"learned merge at KL {kl:.1f}"
 
 
 def start_divergence(context: RoundContext, recipe: Recipe) -> float:
@@ -206,13 +210,9 @@ def start_divergence(context: RoundContext, recipe: Recipe) -> float:
 
 def _check_held_out(context: RoundContext) -> None:
     # before the first round: a mistake must not come to light after a round of training
-    if _trains_on_fuse_pairs(context):
+    if context.store.trained_on_fuse_pairs:
         raise InputError(
             "learned coefficients need held-out pairs, but train_on_fuse_pairs adds them to "
             "training; choose another strategy for this control arm"
         )
     read_fuse_pool(context.store, context.round_index)
-
-
-def _trains_on_fuse_pairs(context: RoundContext) -> bool:
-    return "control" in context.store.record(0).notes

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
 from tpmm_pl.files import replacing
@@ -27,6 +28,7 @@ class RoundCheckpoint(RoundCallback, Checkpoint):
     def __init__(self, every_n_steps: int = 0) -> None:
         super().__init__()
         self.every_n_steps = every_n_steps
+        self._last_step = 0
 
     def stages(self) -> dict[str, Stage]:
         """Return the checkpoints before and after the rest of a round's end."""
@@ -41,7 +43,16 @@ class RoundCheckpoint(RoundCallback, Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the checkpoint every N steps."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if self.every_n_steps and stepped and trainer.global_step % self.every_n_steps == 0:
+            trainer.save_checkpoint(checkpoint_path(trainer), weights_only=False)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Write the checkpoint on SIGTERM, which Lightning acts on between two batches."""
+        if isinstance(exception, SIGTERMException):
             trainer.save_checkpoint(checkpoint_path(trainer), weights_only=False)
 
 

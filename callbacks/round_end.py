@@ -186,6 +186,11 @@ class RoundCallback(Callback):
         """Make record 0 and the first pairs; a resumed fit only checks the manifest."""
         if not self._leads(trainer):
             return
+        if trainer.world_size > 1:
+            raise InputError(
+                f"rounds run in one process so far, not in {trainer.world_size}; set "
+                "trainer.devices and trainer.num_nodes to 1"
+            )
         store = _store(trainer)
         if trainer.ckpt_path is not None:
             if not store.rounds:
@@ -271,11 +276,8 @@ class RoundCallback(Callback):
 
 
 def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Set an optimizer's state to zero in place, as if it had never stepped."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
+    """Forget what an optimizer has accumulated, as if it had never stepped."""
+    optimizer.state.clear()
 
 
 def _round_callbacks(trainer: Trainer) -> list[RoundCallback]:

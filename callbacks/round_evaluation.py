@@ -21,7 +21,7 @@ from tpmm_pl.models.scoring import score_completions, score_pairs
 from tpmm_pl.pairing import LabelNoise, pair_completions
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.rounds import one_hot
-from tpmm_pl.types import Judge, Pair, Prompt, Recipe
+from tpmm_pl.types import Judge, Pair, PairLogps, Prompt, Recipe
 
 Contenders = dict[str, Recipe]
 
@@ -39,7 +39,8 @@ class RoundEvaluation(RoundCallback):
         gold: The judge that training never sees.
         proxy: The judge that labels training pairs.
         max_new_tokens: Budget of a completion.
-        temperature: Of sampling; greedy answers are added for what may be shipped.
+        temperature: Of sampling; KL is measured at 1 only. Greedy answers are added for what may
+            be shipped.
         batch_size: Completions generated at once.
     """
 
@@ -101,14 +102,17 @@ class RoundEvaluation(RoundCallback):
     def _answers(
         self, context: RoundContext, contenders: Contenders, temperature: float
     ) -> dict[tuple[str, str], Answers]:
-        if not self.judges:
-            return {}
         prompts: dict[str, list[Prompt]] = dict(context.data.eval_prompts())
+        if not prompts:
+            return {}
         answers = {}
         for name, recipe in contenders.items():
             context.load(recipe)
             for domain, asked in prompts.items():
                 answers[name, domain] = self._answer(context, asked, domain, temperature)
+        if temperature != 1:
+            # answers of another distribution than the policy's say nothing of its divergence
+            return answers
         context.load(one_hot(0))
         pad_id = context.data.tokenizer.pad_token_id
         for answer in answers.values():
@@ -136,8 +140,10 @@ class RoundEvaluation(RoundCallback):
         return Answers(completions, scores)
 
     def _wins(self, context: RoundContext, answer: Answers, domain: str) -> dict[str, float]:
-        judge = next(iter(answer.scores))
         found: dict[str, float] = {}
+        if not answer.scores:
+            return found
+        judge = next(iter(answer.scores))
         opponents = {"sft": 0, "previous": context.round_index - 1}
         for opponent, index in opponents.items():
             if context.round_index > 0:
@@ -187,7 +193,7 @@ class RoundEvaluation(RoundCallback):
             )
         return pairs
 
-    def _score(self, context: RoundContext, pairs: list[Pair]):  # type: ignore[no-untyped-def]
+    def _score(self, context: RoundContext, pairs: list[Pair]) -> PairLogps:
         pad_id = context.data.tokenizer.pad_token_id
         with context.fabric.autocast():
             return score_pairs(context.policy, pairs, pad_id=pad_id, batch_size=self.batch_size)

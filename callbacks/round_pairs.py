@@ -11,6 +11,7 @@ from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
 from tpmm_pl.data.pairs import read_fuse_pool, write_pairs
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.rounds import one_hot
+from tpmm_pl.trajectory import CONTROL
 from tpmm_pl.types import Pair, Recipe, RunError
 
 
@@ -45,7 +46,7 @@ class RoundPairs(RoundCallback):
         """Write this round's held-out pairs, scored under the starting policy."""
         context.load_policy()
         if self.train_on_fuse_pairs:
-            context.store.update(0, notes={"control": "fuse pairs are trained on"})
+            context.store.update(0, notes={CONTROL: "fuse pairs are trained on"})
         pairs = self.held_out_pairs(context)
         if pairs:
             scored = self._scored(context, pairs, one_hot(0))

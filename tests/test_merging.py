@@ -12,7 +12,6 @@ from tpmm_pl import merging
 from tpmm_pl.merging import (
     assign_groups,
     check_grouping,
-    check_sums_to_one,
     grouped_merge,
     linear_merge,
     weighted_sum,
@@ -212,9 +211,3 @@ def test_an_unknown_grouping_names_the_nearest() -> None:
         check_grouping("layers")
     with pytest.raises(InputError, match="unknown group"):
         assign_groups(["w"], "layers")
-
-
-def test_coefficients_that_do_not_sum_to_1_are_refused() -> None:
-    check_sums_to_one(torch.tensor([[0.2, 0.8], [1.5, -0.5]]))
-    with pytest.raises(InputError, match=r"coefficients of group 1 sum to 0\.900000, not 1"):
-        check_sums_to_one(torch.tensor([[0.2, 0.8], [0.5, 0.4]]))

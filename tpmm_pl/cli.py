@@ -39,6 +39,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for terminals
     # imported late: torch, transformers and lightning take seconds, `tpmm --help` should not
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     from tpmm_pl.commands.train import train
     from tpmm_pl.types import InputError, RunError
 
@@ -48,6 +50,8 @@ def main() -> None:
         _end(2, str(error))
     except RunError as error:
         _end(1, str(error))
+    except SIGTERMException:
+        sys.exit(143)
 
 
 def _end(code: int, sentence: str) -> None:

@@ -86,7 +86,7 @@ _COLUMNS = (
     ("win/previous/in_domain", "win prev", 8, "{:z.2f}"),
     ("kl/policy_sft/in_domain", "KL nats", 7, "{:z.2f}"),
     ("length/in_domain", "tokens", 6, "{:z.1f}"),
-    ("accuracy/in_domain", "accuracy", 8, "{:z.3f}"),
+    ("accuracy/in_domain", "accuracy", 18, "{:z.3f}"),
 )
 
 
@@ -105,9 +105,18 @@ def table_row(record: Record, columns: Mapping[str, float]) -> str:
     """
     cells = [f"{record.round:>5}"]
     for name, _, width, form in _shown(columns):
-        value = record.metrics.get(name)
-        cells.append(f"{'-' if value is None else form.format(value):>{width}}")
+        cells.append(f"{_cell(record.metrics, name, form):>{width}}")
     return " ".join([*cells, f" {_reference(record)}"])
+
+
+def _cell(metrics: Mapping[str, float], name: str, form: str) -> str:
+    if name not in metrics:
+        return "-"
+    value = form.format(metrics[name])
+    if not name.startswith("accuracy/"):
+        return value
+    low, high = (metrics[name.replace("/", f"_{end}/")] for end in ("low", "high"))
+    return f"{value} [{low:.2f}, {high:.2f}]"
 
 
 def _shown(metrics: Mapping[str, float]) -> list[tuple[str, str, int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class RewardModelJudge:
     """A Hugging Face sequence-classification model with one score.
 
     Text is scored, not tokens: the judge has a tokenizer and chat template of its own, which need
-    not be the policy's. The model is loaded when the first completion is scored.
+    not be the policy's; where it has a template, a plain prompt is a user's turn. The model is
+    loaded when the first completion is scored, once for all judges of one name.
 
     Args:
         name_or_path: Hub id or folder.
@@ -39,20 +41,11 @@ class RewardModelJudge:
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._loaded: tuple[Any, Any] | None = None
 
     @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> list[float]:
         """Return the model's score of each completion in its conversation."""
-        if self._loaded is None:
-            model, tokenizer = load_reward_model(self.name_or_path, dtype=self.dtype)
-            model = nn.Module.to(model, self.device)
-            # on the right: to the left, models with absolute positions would count it
-            tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-            # the score is read at the last token that the model does not take for padding
-            tokenizer.pad_token_id = model.config.pad_token_id
-            self._loaded = model, tokenizer
-        model, tokenizer = self._loaded
+        model, tokenizer = _loaded(self.name_or_path, self.dtype, self.device)
         texts = [self._text(completion, tokenizer) for completion in completions]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         scores = [0.0] * len(texts)
@@ -75,9 +68,20 @@ class RewardModelJudge:
 
     @staticmethod
     def _text(completion: Completion, tokenizer: Any) -> str:
-        messages = completion.prompt.messages
-        if messages is None or tokenizer.chat_template is None:
-            return completion.prompt.text + completion.text
+        prompt = completion.prompt
+        if tokenizer.chat_template is None:
+            return prompt.text + completion.text
+        messages = prompt.messages or ({"role": "user", "content": prompt.text},)
         answer = {"role": "assistant", "content": completion.text}
         text: str = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
         return text
+
+
+@lru_cache(maxsize=4)
+def _loaded(name_or_path: str, dtype: str, device: str) -> tuple[Any, Any]:
+    model, tokenizer = load_reward_model(name_or_path, dtype=dtype)
+    # on the right: to the left, models with absolute positions would count it
+    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
+    # the score is read at the last token that the model does not take for padding
+    tokenizer.pad_token_id = model.config.pad_token_id
+    return nn.Module.to(model, device), tokenizer

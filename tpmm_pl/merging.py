@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpmm_pl.registry import lookup
-from tpmm_pl.types import InputError, StateDict
+from tpmm_pl.types import StateDict
 
 CHUNK = 1 << 18
 """Elements summed at a time: the running sum stays in the processor's cache."""
@@ -179,16 +179,3 @@ def check_grouping(grouping: str) -> None:
         InputError: Naming the nearest ones.
     """
     lookup("group", grouping, _GROUPINGS)
-
-
-def check_sums_to_one(coefficients: Tensor) -> None:
-    """Refuse coefficients whose rows do not sum to 1 within 1e-5.
-
-    Raises:
-        InputError: With the first such row and its sum.
-    """
-    sums = coefficients.sum(-1)
-    wrong = (sums - 1).abs() > 1e-5
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise InputError(f"coefficients of group {row} sum to {sums[row]:.6f}, not 1")

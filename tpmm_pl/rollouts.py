@@ -123,7 +123,7 @@ class KeyedSampling(LogitsProcessor):
     Args:
         keys: One a row.
         prompt_width: Tokens of the padded prompts.
-        temperature: Divides the logits; 0 adds no noise and records untempered values.
+        temperature: Divides the logits before the noise; 0 adds no noise.
         device: Of the noise.
     """
 
@@ -138,11 +138,11 @@ class KeyedSampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return noisy scores whose arg-max is a draw from the softmax, ``(N, V)``."""
-        scores = scores.float() / (self._temperature or 1.0)
+        scores = scores.float()
         noisy = scores
         if self._temperature:
             position = input_ids.shape[1] - self._prompt_width
-            noisy = scores + gumbel_noise(self._keys, position, scores.shape[1])
+            noisy = scores / self._temperature + gumbel_noise(self._keys, position, scores.shape[1])
         picked = noisy.argmax(-1, keepdim=True)
         self.logps.append(scores.gather(1, picked).squeeze(1) - scores.logsumexp(-1))
         return noisy

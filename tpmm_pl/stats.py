@@ -33,15 +33,6 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> Estimat
     return Estimate(share, centre - half, centre + half)
 
 
-def mean_interval(values: Tensor, z: float = 1.959964) -> Estimate:
-    """Return the mean of ``(n,)`` values with its normal 95 % interval."""
-    mean = float(values.double().mean())
-    if len(values) < 2:
-        return Estimate(mean, float("-inf"), float("inf"))
-    half = z * float(values.double().std()) / len(values) ** 0.5
-    return Estimate(mean, mean - half, mean + half)
-
-
 def win_rate(
     ours: Tensor, theirs: Tensor, *, generator: torch.Generator, resamples: int = 1000
 ) -> Estimate:

@@ -85,12 +85,13 @@ class StreamedMerge:
                 parameter.requires_grad_(required[name])
 
     def _dot_and_drop(self, name: str, total: Tensor) -> Callable[[Tensor], None]:
-        sources = [source[name] for source in self.sources]
         group = self.group_of[name]
 
         def hook(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
+                # looked up here: kept for all parameters, K stacked adapters would be K * K ones
+                sources = [source[name] for source in self.sources]
                 total[group] += difference_dots(gradient, sources)
 
         return hook

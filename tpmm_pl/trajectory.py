@@ -16,6 +16,8 @@ from tpmm_pl.files import file_sha256, replacing, write_text
 from tpmm_pl.types import InputError, Recipe
 
 VERSION = 1
+CONTROL = "control"
+"""Note of record 0 of a run that trains on its held-out pairs."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class TrajectoryStore:
     def rounds(self) -> list[Record]:
         """The records, oldest first."""
         return [self._records[index] for index in sorted(self._records)]
+
+    @property
+    def trained_on_fuse_pairs(self) -> bool:
+        """Whether the run's held-out pairs were added to training, as in a control arm."""
+        return CONTROL in self.record(0).notes
 
     def record(self, round_index: int) -> Record:
         """Return what is known of a round; an empty record if nothing is."""

@@ -88,7 +88,7 @@ class Completion:
     finished: bool
     """Whether the end-of-sequence token was sampled within the budget."""
     logps: float
-    """Log-probability in nats under the model and temperature that sampled it."""
+    """Log-probability in nats under the model that sampled it, at temperature 1."""
 
 
 class Judge(Protocol):

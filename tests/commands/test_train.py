@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from tests.models.tiny import EOS, PAD, WORDS, tiny_llama, tiny_tokenizer
+from tpmm_pl.callbacks import ModelExport, RoundEvaluation
 from tpmm_pl.cli import main
 from tpmm_pl.data.pairs import read_pairs
+from tpmm_pl.modules.dpo import DPOModule
+from tpmm_pl.rounds import one_hot
 from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import PairBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fusion:UserWarning", "ignore:.*trains on")
 
@@ -83,11 +89,10 @@ def pairs(tmp_path: Path) -> Path:
 def offline(policy: Path, pairs: Path, tmp_path: Path) -> list[object]:
     return [
         "fit", "--config", "configs/preferences.yaml", "--model.policy.name_or_path", policy,
-        "--data.train", pairs, "--data.evaluation", json.dumps({"in_domain": str(pairs)}),
+        "--data.train", pairs,
         "--data.batch_size", 4, "--model.rounds", 2, "--reference.fusion.steps", 3,
         "--reference.fusion.batch_size", 4, "--reference.ship_steps", 3,
         "--trainer.accelerator", "cpu", "--trainer.default_root_dir", tmp_path / "run",
-        "--data.evaluation", "null",
     ]  # fmt: skip
 
 
@@ -125,7 +130,79 @@ def test_a_finished_run_is_recognised_and_a_changed_one_refused(
     assert "go on with --ckpt_path last" in capsys.readouterr().err
     assert tpmm(*offline, "--model.rounds", 3, "--ckpt_path", "last") == 0
     assert len(TrajectoryStore(tmp_path / "run" / "trajectory").rounds) == 4
+    assert tpmm(*offline, "--model.rounds", 1) == 2
+    assert "model.rounds cannot be lowered to 1" in capsys.readouterr().err
+    assert tpmm(*offline, "--trainer.gradient_clip_val", 0.5) == 2
+    assert "trainer.gradient_clip_val (1.0 -> 0.5)" in capsys.readouterr().err
+
+
+def test_overwriting_keeps_the_old_run_until_the_new_one_has_begun(
+    tpmm: Run, offline: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpmm(*offline) == 0
+    manifest = tmp_path / "run" / "trajectory" / "manifest.json"
+    before = manifest.read_text()
+    assert tpmm(*offline, "--reference.strategy", "lerned", "--overwrite") == 2
+    assert tpmm(*offline, "--data.train", "nowhere.jsonl", "--overwrite") == 2
+    assert manifest.read_text() == before
+    assert tpmm(*offline) == 0
+    assert "finished: nothing to do" in capsys.readouterr().out
     assert tpmm(*offline, "--reference.strategy", "last", "--overwrite") == 0
+    assert TrajectoryStore(manifest.parent).record(2).recipe == one_hot(2)
+    assert not (tmp_path / "run" / ".replaced").exists()
+
+
+def test_the_written_config_runs_again(tpmm: Run, offline: list[object], tmp_path: Path) -> None:
+    assert tpmm(*offline) == 0
+    again = ["fit", "--config", tmp_path / "run" / "config.yaml"]
+    assert tpmm(*again, "--trainer.default_root_dir", tmp_path / "again") == 0
+    first, second = (TrajectoryStore(tmp_path / n / "trajectory") for n in ("run", "again"))
+    assert [r.sha256 for r in first.rounds] == [r.sha256 for r in second.rounds]
+
+
+@pytest.mark.parametrize("stage", ["evaluate_ship", "export"])
+def test_a_last_round_that_was_cut_off_is_not_taken_for_finished(
+    stage: str,
+    tpmm: Run,
+    offline: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        owner = RoundEvaluation if stage == "evaluate_ship" else ModelExport
+        patched.setattr(owner, stage, kill)
+        with pytest.raises(Killed):
+            tpmm(*offline)
+    assert not (tmp_path / "run" / "export").exists()
+    assert tpmm(*offline, "--ckpt_path", "last") == 0
+    assert (tmp_path / "run" / "export" / "merged" / "model.safetensors").exists()
+
+
+def test_sigterm_leaves_a_checkpoint_and_exit_code_143(
+    tpmm: Run, offline: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = DPOModule.training_step
+
+    def interrupted(self: DPOModule, batch: PairBatch, batch_idx: int) -> torch.Tensor:
+        if self.trainer.current_epoch == 1 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DPOModule, "training_step", interrupted)
+        assert tpmm(*offline) == 143
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 2
+    assert tpmm(*offline, "--ckpt_path", "last") == 0
+    assert tpmm(*offline, "--trainer.default_root_dir", tmp_path / "unbroken") == 0
+    runs = [TrajectoryStore(tmp_path / n / "trajectory") for n in ("run", "unbroken")]
+    assert runs[0].record(2).sha256 == runs[1].record(2).sha256
 
 
 def test_last_starts_in_an_empty_folder(tpmm: Run, offline: list[object], tmp_path: Path) -> None:
@@ -155,6 +232,7 @@ def test_an_online_run_pairs_the_best_and_worst_by_the_reward_model(
     code = tpmm(
         "fit", "--config", "configs/online.yaml", "--model.policy.name_or_path", policy,
         "--pairs.annotator.name_or_path", reward_model, "--pairs.annotator.device", "cpu",
+        "--evaluation.proxy.name_or_path", reward_model, "--evaluation.max_new_tokens", 5,
         "--data.train", prompts, "--data.batch_size", 4, "--data.prompts_per_round", 8,
         "--data.fuse_prompts_per_round", 4, "--pairs.samples", 3, "--pairs.max_new_tokens", 5,
         "--reference.fusion.steps", 2, "--reference.ship_steps", 2, "--model.rounds", 2,
@@ -219,8 +297,8 @@ def test_a_snapshot_of_another_model_is_refused(
     tiny_llama(tied=False).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     code = tpmm(
-        "fit", "--config", "configs/fusion.yaml", "--model.run", tmp_path / "run", "--data.run",
-        tmp_path / "run", "--model.policy.class_path", "tpmm_pl.models.load.PretrainedPolicy",
+        "fit", "--config", "configs/fusion.yaml", "--model.run", tmp_path / "run",
+        "--model.policy.class_path", "tpmm_pl.models.load.PretrainedPolicy",
         "--model.policy.init_args.name_or_path", other,
         "--trainer.default_root_dir", tmp_path / "fusion",
     )  # fmt: skip
@@ -233,9 +311,9 @@ def test_coefficients_are_learned_on_a_finished_trajectory(
 ) -> None:
     assert tpmm(*offline) == 0
     fusion = [
-        "fit", "--config", "configs/fusion.yaml", "--model.run", tmp_path / "run", "--data.run",
-        tmp_path / "run", "--model.policy.class_path", "tpmm_pl.models.load.PretrainedPolicy",
-        "--model.policy.init_args.name_or_path", policy, "--data.steps", 4,
+        "fit", "--config", "configs/fusion.yaml", "--model.run", tmp_path / "run",
+        "--model.policy.class_path", "tpmm_pl.models.load.PretrainedPolicy",
+        "--model.policy.init_args.name_or_path", policy, "--model.settings.steps", 4,
         "--trainer.default_root_dir", tmp_path / "fusion",
     ]  # fmt: skip
     assert tpmm(*fusion) == 0

@@ -140,13 +140,13 @@ def test_a_prompt_keeps_its_split_for_ever() -> None:
     assert split_of("COPY a a a SEP") == "train"
     assert split_of("COPY a a c SEP") == "eval"
     assert split_of("COPY a b c SEP") == "fuse"
-    assert split_of("COPY b c b SEP") == "ship"
+    assert split_of("COPY b c b SEP") == "spare"
 
 
 def test_splits_take_five_eighths_and_an_eighth_each() -> None:
     splits = [split_of(" ".join(words)) for words in _problems("in_domain")]
     assert splits.count("train") / 2000 == pytest.approx(5 / 8, abs=0.04)
-    for one in ("fuse", "ship", "eval"):
+    for one in ("fuse", "spare", "eval"):
         assert splits.count(one) / 2000 == pytest.approx(1 / 8, abs=0.04)
 
 

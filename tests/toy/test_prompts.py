@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tpmm_pl.toy.letters import OPERATIONS
-from tpmm_pl.toy.prompts import eval_prompts, fuse_prompts, round_prompts, ship_prompts
+from tpmm_pl.toy.prompts import eval_prompts, fuse_prompts, round_prompts
 from tpmm_pl.toy.tokenizer import letters_tokenizer
 from tpmm_pl.types import Prompt
 
@@ -26,7 +26,6 @@ def test_prompts_are_numbered_unique_and_end_with_sep() -> None:
 
 def test_every_use_names_its_prompts() -> None:
     assert fuse_prompts(0, 12, 1, TOKENIZER)[0].prompt_id == "fuse-012-0000"
-    assert ship_prompts(0, 1, TOKENIZER)[0].prompt_id == "ship-0000"
     name = eval_prompts("out_of_domain", 0, 1, TOKENIZER)[0].prompt_id
     assert name == "eval-out_of_domain-0000"
 
@@ -49,7 +48,6 @@ def test_no_use_shares_a_prompt_with_another_whatever_the_seeds() -> None:
     uses = [
         [one for run in runs for one in round_prompts(*run, 300, TOKENIZER)],
         [one for run in runs for one in fuse_prompts(*run, 300, TOKENIZER)],
-        [one for seed in (0, 1) for one in ship_prompts(seed, 500, TOKENIZER)],
         [one for seed in (0, 1) for one in eval_prompts("in_domain", seed, 500, TOKENIZER)],
         [one for seed in (0, 1) for one in eval_prompts("out_of_domain", seed, 500, TOKENIZER)],
     ]

@@ -42,31 +42,43 @@ class RunCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a folder in use, before anything is loaded; find the checkpoint."""
+        """Refuse a folder in use before anything is loaded."""
         settings = self.config[self.subcommand]
         root = settings.trainer.default_root_dir
         if root is None:
             raise InputError("set trainer.default_root_dir, the folder of the run")
+        self._folder = RunFolder(Path(root))
+        written = yaml.safe_load(self._parser(self.subcommand).dump(settings, skip_none=False))
+        # of this call, not of the run
+        self._written = {k: v for k, v in written.items() if k not in ("overwrite", "ckpt_path")}
+        self._rounds = self._model_setting("rounds")
         self._follow_rounds(settings.trainer)
-        folder = RunFolder(Path(root))
-        text = self._parser(self.subcommand).dump(settings, skip_none=False)
-        settings.ckpt_path = folder.begin(
-            yaml.safe_load(text),
-            ckpt_path=settings.ckpt_path,
-            overwrite=settings.overwrite,
-            rounds=self._model_setting("rounds"),
-        )
-        folder.log_to_file()
+        if not settings.overwrite:
+            self._folder.check(self._written, ckpt_path=settings.ckpt_path, rounds=self._rounds)
+
+    def before_fit(self) -> None:
+        """Make the folder ready and find the checkpoint."""
+        settings = self.config_init[self.subcommand]
+        self._folder.begin(self._written, overwrite=settings.overwrite)
+        settings.ckpt_path = self._folder.resume_from(settings.ckpt_path)
 
     def after_fit(self) -> None:
-        """Draw the figure of the run."""
-        root = Path(self.trainer.default_root_dir)
-        store = TrajectoryStore(root / "trajectory")
+        """Draw the figure of the run and mark it as finished."""
+        store = TrajectoryStore(self._folder.root / "trajectory")
         recipe = store.rounds[-1].recipe if store.rounds else None
-        if recipe is not None and self.trainer.is_global_zero:
-            figure = root / "figures" / "gold_proxy.png"
-            if gold_proxy_figure(store.rounds, figure, f"{root.name}: reference {recipe.strategy}"):
+        if recipe is not None:
+            figure = self._folder.root / "figures" / "gold_proxy.png"
+            title = f"{self._folder.root.name}: reference {recipe.strategy}"
+            if gold_proxy_figure(store.rounds, figure, title):
                 print(f"figure: {figure}")
+        self._folder.end(self._rounds)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except InputError:
+            self._folder.restore()
+            raise
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         named = [self._get(self.config_init, name) for name in CALLBACK_GROUPS]
@@ -114,7 +126,7 @@ def train() -> None:
         "limit_val_batches": 0,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
-        "log_every_n_steps": 5,
+        "log_every_n_steps": 1,
     }
     try:
         RunCLI(
@@ -135,7 +147,7 @@ def train() -> None:
         if (mistake := _mistake_behind(error)) is not None:
             raise mistake from error
         logger.error("the run failed", exc_info=True)
-        raise RunError(f"{type(error).__name__}: {error} (traceback in run.log)") from error
+        raise RunError(f"{type(error).__name__}: {error}") from error
 
 
 def _mistake_behind(error: BaseException) -> InputError | None:

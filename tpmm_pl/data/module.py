@@ -96,7 +96,9 @@ class PreferenceData(RunData):
         train: JSONL (also ``.gz``) or JSON of pairs, plain or conversational.
         fuse: A file of fuse pairs; otherwise a part of ``train`` is held out.
         fuse_fraction: Share of the prompts of ``train`` held out, without ``fuse``.
-        evaluation: Files of held-out pairs by domain (``in_domain``, ``out_of_domain``).
+        evaluation: Files of held-out pairs by domain (``in_domain``, ``out_of_domain``);
+            otherwise a part of ``train`` is held out.
+        eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
         pairs_per_round: Pairs of a round; by default all pairs over the rounds.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
@@ -111,6 +113,7 @@ class PreferenceData(RunData):
         fuse: Path | None = None,
         fuse_fraction: float = 0.1,
         evaluation: dict[str, Path] | None = None,
+        eval_fraction: float = 0.05,
         batch_size: int = 8,
         pairs_per_round: int | None = None,
         max_length: int = 1024,
@@ -122,6 +125,7 @@ class PreferenceData(RunData):
         self.fuse = fuse
         self.fuse_fraction = fuse_fraction
         self.evaluation = evaluation or {}
+        self.eval_fraction = eval_fraction
         self.pairs_per_round = pairs_per_round
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
@@ -131,23 +135,27 @@ class PreferenceData(RunData):
         """Read, split and tokenise the files; report what was dropped."""
         super().setup(stage)
         rows = self._read(self.train)
+        evaluated = {domain: self._read(path) for domain, path in self.evaluation.items()}
+        if not self.evaluation:
+            rows, evaluated["in_domain"] = split_by_prompt(rows, self.eval_fraction, run_seed())
         if self.fuse is None:
             rows, held_out = split_by_prompt(rows, self.fuse_fraction, run_seed())
         else:
             held_out = self._read(self.fuse)
             refuse_shared_prompts(rows, held_out)
-        self._train_pairs = self._tokenize(shuffled_by_prompt(rows, run_seed()), self.train)
-        self._fuse_pairs = self._tokenize(held_out, self.fuse or self.train) if held_out else []
+        for unseen in evaluated.values():
+            refuse_shared_prompts([*rows, *held_out], unseen)
+        self._train_pairs = self._tokenize(shuffled_by_prompt(rows, run_seed()))
+        self._fuse_pairs = self._tokenize(held_out, self.fuse)
         self._eval_pairs = {
-            domain: self._tokenize(self._read(path)[: self.max_eval_pairs], path)
-            for domain, path in self.evaluation.items()
+            domain: self._tokenize(unseen[: self.max_eval_pairs], self.evaluation.get(domain))
+            for domain, unseen in evaluated.items()
         }
-        for pairs in self._eval_pairs.values():
-            refuse_shared_prompts(self._train_pairs, pairs)
-        if len(self._train_pairs) < self.batch_size:
+        available = min(self.pairs_per_round or len(self._train_pairs), len(self._train_pairs))
+        if available < self.batch_size:
             raise InputError(
-                f"{self.train} leaves {len(self._train_pairs)} training pairs, fewer than a batch "
-                f"of {self.batch_size}; give more pairs or a smaller data.batch_size"
+                f"{self.train} leaves {available} training pairs a round, fewer than a batch of "
+                f"{self.batch_size}; give more pairs or a smaller data.batch_size"
             )
 
     def train_pairs(self, round_index: int) -> list[Pair]:
@@ -172,7 +180,7 @@ class PreferenceData(RunData):
             _say(f"{path}: {count} rows dropped: {reason}")
         return rows
 
-    def _tokenize(self, rows: list[RawPair], path: Path) -> list[Pair]:
+    def _tokenize(self, rows: list[RawPair], path: Path | None = None) -> list[Pair]:
         pairs, changed = tokenize_pairs(
             rows,
             self.tokenizer,
@@ -180,7 +188,7 @@ class PreferenceData(RunData):
             max_prompt_length=self.max_prompt_length or self.max_length // 2,
         )
         for reason, count in changed.items():
-            _say(f"{path}: {count} of {len(rows)} pairs: {reason}")
+            _say(f"{path or self.train}: {count} of {len(rows)} pairs: {reason}")
         return pairs
 
 
@@ -189,7 +197,9 @@ class PromptData(RunData):
 
     Args:
         train: JSONL of prompts, plain or conversational.
-        evaluation: Files of prompts by domain (``in_domain``, ``out_of_domain``).
+        evaluation: Files of prompts by domain (``in_domain``, ``out_of_domain``); otherwise a
+            part of ``train`` is held out.
+        eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
         prompts_per_round: Prompts of a round; the file is gone through again when used up.
         fuse_prompts_per_round: Held-out prompts answered after a round.
@@ -202,6 +212,7 @@ class PromptData(RunData):
         self,
         train: Path,
         evaluation: dict[str, Path] | None = None,
+        eval_fraction: float = 0.05,
         batch_size: int = 8,
         prompts_per_round: int = 256,
         fuse_prompts_per_round: int = 64,
@@ -212,6 +223,7 @@ class PromptData(RunData):
         super().__init__(batch_size)
         self.train = Path(train)
         self.evaluation = evaluation or {}
+        self.eval_fraction = eval_fraction
         self.prompts_per_round = prompts_per_round
         self.fuse_prompts_per_round = fuse_prompts_per_round
         self.fuse_fraction = fuse_fraction
@@ -221,12 +233,18 @@ class PromptData(RunData):
     def setup(self, stage: str) -> None:
         """Read, split and tokenise the prompts."""
         super().setup(stage)
-        rows, held_out = split_by_prompt(read_prompts(self.train), self.fuse_fraction, run_seed())
+        rows = read_prompts(self.train)
+        evaluated = {d: read_prompts(Path(path)) for d, path in self.evaluation.items()}
+        if not self.evaluation:
+            rows, evaluated["in_domain"] = split_by_prompt(rows, self.eval_fraction, run_seed())
+        for unseen in evaluated.values():
+            refuse_shared_prompts(rows, unseen)
+        rows, held_out = split_by_prompt(rows, self.fuse_fraction, run_seed())
         self._train_prompts = self._tokenize(shuffled_by_prompt(rows, run_seed()))
         self._fuse_prompts = self._tokenize(shuffled_by_prompt(held_out, run_seed()))
         self._eval_prompts = {
-            domain: self._tokenize(read_prompts(Path(path))[: self.max_eval_prompts])
-            for domain, path in self.evaluation.items()
+            domain: self._tokenize(unseen[: self.max_eval_prompts])
+            for domain, unseen in evaluated.items()
         }
 
     def train_prompts(self, round_index: int) -> list[Prompt]:
@@ -246,28 +264,30 @@ class PromptData(RunData):
 
 
 class FusionData(RunData):
-    """The held-out pairs of a finished run, to learn coefficients by a fit of its own.
+    """The held-out pairs of a finished run, for a fit of a ``FusionWeights`` of its own.
 
-    Args:
-        run: The folder of the finished run.
-        steps: Batches, so updates of the coefficients.
-        batch_size: Pairs a step.
+    Which run, the number of steps and the batch size are the module's.
     """
 
-    def __init__(self, run: Path, steps: int = 40, batch_size: int = 64) -> None:
-        super().__init__(batch_size)
-        self.run = Path(run)
-        self.steps = steps
+    def __init__(self) -> None:
+        super().__init__(batch_size=1)
 
     def train_dataloader(self) -> DataLoader[Pair]:
-        """Return ``steps`` batches over all held-out pairs of the run."""
-        store = TrajectoryStore(self.run / "trajectory")
+        """Return the batches of the fit.
+
+        Raises:
+            InputError: If the run has no trajectory, or trained on its held-out pairs.
+        """
+        run, settings = Path(self._module.run), self._module.settings
+        store = TrajectoryStore(run / "trajectory")
         if not store.rounds:
-            raise InputError(f"{self.run} holds no trajectory; give the folder of a finished run")
+            raise InputError(f"{run} holds no trajectory; give the folder of a finished run")
+        if store.trained_on_fuse_pairs:
+            raise InputError(f"{run} trained on its held-out pairs; nothing can be learned on them")
         return fuse_loader(
             read_fuse_pool(store, store.rounds[-1].round),
-            batch_size=self.batch_size,
-            steps=self.steps,
+            batch_size=settings.batch_size,
+            steps=settings.steps,
             pad_id=self.tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(run_seed()),
         )

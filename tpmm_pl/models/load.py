@@ -108,6 +108,9 @@ class PretrainedPolicy:
         model = cast(PreTrainedModel, _loading(self.name_or_path, lambda: load(**options)))
         _forget_quantization(model)
         switch_off_dropout(model)
+        if not Path(self.name_or_path).exists():
+            # an adapter's folder names its base model by this: the hub's id, not a cache's path
+            model.config._name_or_path = self.name_or_path
         if self.lora is not None:
             model = _with_adapters(model, self.lora)
         model.train()

@@ -71,7 +71,11 @@ def streamed_merge(
     else:
         parameters = dict(policy.named_parameters())
     groups, group_of = assign_groups(parameters, grouping)
+    known = set(parameters) | set(_buffers(policy))
     try:
+        for number, source in zip(snapshots, sources, strict=True):
+            if extra := sorted(set(source) - known):
+                raise ValueError(f"round {number} has an extra tensor {extra[0]}")
         return StreamedMerge(parameters, sources, group_of, len(groups)), groups
     except ValueError as error:
         raise InputError(

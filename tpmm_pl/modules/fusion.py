@@ -27,9 +27,6 @@ from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
 CONSTRAINTS = ("simplex", "affine")
 """Ways to keep the sum of a row of coefficients."""
 
-RECIPE = "recipe.json"
-"""What a fit of its own writes into its folder."""
-
 Objective = Callable[[PairLogps, PairBatch, float], Tensor]
 
 
@@ -212,7 +209,9 @@ class FusionWeights(LightningModule):
             if (sentence := fit_warning(recipe)) is not None:
                 warnings.warn(sentence, stacklevel=2)
             content = {**recipe.to_json(), "loss": self.losses}
-            write_text(Path(self.trainer.default_root_dir) / RECIPE, json.dumps(content, indent=1))
+            write_text(
+                Path(self.trainer.default_root_dir) / "recipe.json", json.dumps(content, indent=1)
+            )
 
     @property
     def finished(self) -> bool:
@@ -251,9 +250,9 @@ def fit_warning(recipe: Recipe) -> str | None:
             "raise fusion.lr or fusion.steps"
         )
     if (rows.max(-1).values / rows.abs().sum(-1)).min() > 0.99:
-        newest = int(rows.mean(0).argmax())
+        heaviest = int(rows.mean(0).argmax())
         return (
-            f"fusion collapsed to the snapshot of round {recipe.snapshots[newest]}; "
+            f"fusion collapsed to the snapshot of round {recipe.snapshots[heaviest]}; "
             "if that is the newest, check that no snapshot was trained on the fuse pairs"
         )
     return None

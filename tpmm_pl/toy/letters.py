@@ -48,8 +48,8 @@ HELD_OUT = tuple(_shuffled[:9])
 IN_DOMAIN = tuple(_shuffled[9:])
 
 Domain = Literal["in_domain", "out_of_domain"]
-Split = Literal["train", "fuse", "ship", "eval"]
-_SPLITS: tuple[Split, ...] = ("train", "train", "train", "train", "train", "fuse", "ship", "eval")
+Split = Literal["train", "fuse", "spare", "eval"]
+_SPLITS: tuple[Split, ...] = ("train", "train", "train", "train", "train", "fuse", "spare", "eval")
 
 Words = Sequence[str]
 
@@ -133,9 +133,10 @@ def random_problem(generator: random.Random, domain: Domain) -> list[str]:
 
 
 def split_of(text: str) -> Split:
-    """Assign a prompt to the one split that may use it: 5/8 train, 1/8 fuse, ship and eval each.
+    """Assign a prompt to the one split that may use it: 5/8 train, 1/8 fuse, spare and eval each.
 
-    A hash of the text decides, hence no seed moves a prompt from one split to another.
+    A hash of the text decides, hence no seed moves a prompt from one split to another. The spare
+    part lets another use begin without moving the prompts of these.
     """
     return _SPLITS[sha256(text.encode()).digest()[0] % len(_SPLITS)]
 

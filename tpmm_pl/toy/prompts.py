@@ -1,6 +1,6 @@
-"""Prompts of the letters task for training, fusion, shipping and evaluation.
+"""Prompts of the letters task for training, fusion and evaluation.
 
-Each is a function of its arguments only. A hash of the text keeps the four uses apart
+Each is a function of its arguments only. A hash of the text keeps the uses apart
 (:func:`~tpmm_pl.toy.letters.split_of`): whatever the seeds and rounds are, a prompt of one use
 never turns up in another.
 """
@@ -18,13 +18,13 @@ from tpmm_pl.types import Prompt
 def round_prompts(
     seed: int, round_index: int, count: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[Prompt]:
-    """Return in-domain prompts for the training pairs made after a round.
+    """Return in-domain prompts for the training pairs of a round.
 
     No text comes twice in one round; rounds may share a few of the shortest.
 
     Args:
         seed: The run's seed.
-        round_index: The round whose policy answers them; 0 is the starting policy.
+        round_index: The round that trains on the pairs, or after which they are held out.
         count: How many.
         tokenizer: The policy's tokenizer.
     """
@@ -41,11 +41,6 @@ def fuse_prompts(
     """
     name = f"fuse-{round_index:03d}"
     return _prompts(f"{seed}/{name}", name, "fuse", "in_domain", count, tokenizer)
-
-
-def ship_prompts(seed: int, count: int, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Return in-domain prompts for the pairs of the fit at the end, unseen by every snapshot."""
-    return _prompts(f"{seed}/ship", "ship", "ship", "in_domain", count, tokenizer)
 
 
 def eval_prompts(
