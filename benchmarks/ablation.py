@@ -33,11 +33,29 @@ QUICK = [
     "--model.rounds", "3", "--data.prompts_per_round", "48", "--data.evaluation_prompts", "64",
 ]  # fmt: skip
 
+Golds = list[list[float]]
+
+COMPARISONS = [
+    (("learned", "last"), ("last", "last")),
+    (("learned", "last"), ("initial", "last")),
+    (("learned", "last"), ("uniform", "last")),
+    (("learned", "last"), ("control", "last")),
+    (("last", "learned"), ("last", "average")),
+    (("learned", "merge"), ("uniform", "average")),
+    (("learned", "average"), ("uniform", "average")),
+    (("learned", "learned"), ("uniform", "average")),
+    (("uniform", "learned"), ("uniform", "average")),
+    (("learned", "merge"), ("control", "average")),
+    (("learned", "average"), ("control", "average")),
+    (("uniform", "average"), ("control", "average")),
+]
+"""Arm and what is shipped, against arm and what is shipped."""
+
 COLUMNS = [(mode, domain) for mode in ("sampled", "greedy") for domain in ("in", "out_of")]
 
 
-def run_one(arm: str, seed: int, overlay: Path | None, out: Path, extra: list[str]) -> None:
-    """Run one arm with one seed, unless it is complete."""
+def run_one(arm: str, seed: int, overlay: Path | None, out: Path, extra: list[str]) -> int:
+    """Run one arm with one seed, unless it is complete; return its exit code."""
     root = out / arm / f"seed_{seed}"
     overlays = ["--config", str(overlay)] if overlay else []
     command = [sys.executable, "-m", "tpmm_pl.cli", "fit", "--config", "configs/quickstart.yaml"]
@@ -48,6 +66,7 @@ def run_one(arm: str, seed: int, overlay: Path | None, out: Path, extra: list[st
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False)
     print(f"{arm} seed {seed}: exit {done.returncode}", flush=True)
+    return done.returncode
 
 
 def final(out: Path, arm: str, seed: int) -> list[Record]:
@@ -77,54 +96,53 @@ def paired(ours: list[float], theirs: list[float]) -> str:
     return f"{mean:+.3f}, t = {t:.1f} ({positive} of {len(differences)})"
 
 
-def table(out: Path, arms: list[str], seeds: list[int]) -> str:
-    """Return the tables in Markdown."""
+def shipped(out: Path, arms: list[str], seeds: list[int]) -> dict[tuple[str, str], Golds]:
+    """Return gold scores by arm and what is shipped: one list over seeds a column."""
+    found: dict[tuple[str, str], Golds] = {}
+    for arm in arms:
+        runs = [final(out, arm, seed) for seed in seeds]
+        for what in ("last", "merge", "average", "learned"):
+            columns = [[gold(run[-1], what, *column) for run in runs] for column in COLUMNS]
+            if None not in columns[0]:
+                found[arm, what] = [[v for v in column if v is not None] for column in columns]
+    return found
+
+
+def score_table(out: Path, found: dict[tuple[str, str], Golds], seeds: list[int]) -> str:
+    """Return gold by arm and what is shipped, in Markdown, and each arm's late rounds."""
     lines = [
         "| arm, shipped | sampled in | sampled out | greedy in | greedy out | "
         "worst gold, last rounds | KL to start, nats | guard |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    found: dict[tuple[str, str], list[float]] = {}
-    for arm in arms:
-        runs = [final(out, arm, seed) for seed in seeds]
-        for what in ("last", "merge", "average", "learned"):
-            by_column = [[gold(run[-1], what, *c) for run in runs] for c in COLUMNS]
-            if None in by_column[0]:
-                continue
-            known = [[v for v in column if v is not None] for column in by_column]
-            found[arm, what] = known[0]
-            cells = [spread(column) for column in known]
-            extra = ["", "", ""]
-            if what == "last":
-                late = [run[len(run) // 2 + 1 :] for run in runs]
-                worst = [min(r.metrics["gold/in_domain"] for r in rounds) for rounds in late]
-                kl = [run[-1].metrics["kl/policy_sft/in_domain"] for run in runs]
-                guards = sum("guard" in r.notes for run in runs for r in run)
-                extra = [spread(worst), spread(kl), f"{guards} rounds" if guards else ""]
-            lines.append(f"| {arm}, {what} | " + " | ".join([*cells, *extra]) + " |")
-    lines += [
-        "",
-        "| paired difference of sampled gold in domain | mean, t, positive |",
-        "|---|---|",
-    ]
-    comparisons = [
-        (("learned", "last"), ("last", "last")),
-        (("learned", "last"), ("initial", "last")),
-        (("learned", "last"), ("uniform", "last")),
-        (("learned", "last"), ("control", "last")),
-        (("learned", "merge"), ("uniform", "average")),
-        (("learned", "average"), ("uniform", "average")),
-        (("learned", "learned"), ("uniform", "average")),
-        (("uniform", "learned"), ("uniform", "average")),
-        (("learned", "merge"), ("control", "average")),
-        (("learned", "average"), ("control", "average")),
-        (("uniform", "average"), ("control", "average")),
-    ]
-    for ours, theirs in comparisons:
-        if ours in found and theirs in found:
-            name = f"{ours[0]}, {ours[1]} against {theirs[0]}, {theirs[1]}"
-            lines.append(f"| {name} | {paired(found[ours], found[theirs])} |")
+    for (arm, what), columns in found.items():
+        late = ["", "", ""]
+        if what == "last":
+            runs = [final(out, arm, seed) for seed in seeds]
+            tails = [run[len(run) // 2 + 1 :] for run in runs]
+            worst = [min(r.metrics["gold/in_domain"] for r in tail) for tail in tails]
+            kl = [run[-1].metrics["kl/policy_sft/in_domain"] for run in runs]
+            guards = sum("guard" in r.notes for run in runs for r in run)
+            late = [spread(worst), spread(kl), f"{guards} rounds" if guards else ""]
+        cells = [*(spread(column) for column in columns), *late]
+        lines.append(f"| {arm}, {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def comparison_table(found: dict[tuple[str, str], Golds]) -> str:
+    """Return paired differences over seeds, in Markdown."""
+    lines = ["| paired difference, sampled gold in domain | mean, t, positive |", "|---|---|"]
+    for name, ours, theirs in _pairs(found):
+        lines.append(f"| {name} | {paired(ours, theirs)} |")
+    return "\n".join(lines)
+
+
+def _pairs(found: dict[tuple[str, str], Golds]) -> list[tuple[str, list[float], list[float]]]:
+    return [
+        (f"{a[0]}, {a[1]} against {b[0]}, {b[1]}", found[a][0], found[b][0])
+        for a, b in COMPARISONS
+        if a in found and b in found
+    ]
 
 
 def main() -> None:
@@ -143,16 +161,16 @@ def main() -> None:
     extra = QUICK if options.quick else []
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [(arm, seed) for seed in seeds for arm in arms]
-        list(pool.map(lambda job: run_one(*job, options.overlay, options.out, extra), jobs))
-    print(table(options.out, arms, seeds))
+        codes = list(pool.map(lambda job: run_one(*job, options.overlay, options.out, extra), jobs))
+    failed = [f"{arm} seed {seed}" for (arm, seed), code in zip(jobs, codes, strict=True) if code]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see output.txt in their folders")
+    found = shipped(options.out, arms, seeds)
+    print(score_table(options.out, found, seeds), comparison_table(found), sep="\n\n")
     if options.json:
-        golds = {
-            f"{arm}/{seed}": final(options.out, arm, seed)[-1].metrics
-            for arm in arms
-            for seed in seeds
-        }
+        means = {n: statistics.mean(a) - statistics.mean(b) for n, a, b in _pairs(found)}
         settings = {"arms": arms, "seeds": seeds, "overlay": str(options.overlay)}
-        options.json.write_text(json.dumps({"ratios": golds, "settings": settings}, indent=1))
+        options.json.write_text(json.dumps({"ratios": means, "settings": settings}, indent=1))
 
 
 if __name__ == "__main__":

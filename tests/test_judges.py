@@ -8,11 +8,10 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
-    LlamaConfig,
     LlamaForSequenceClassification,
 )
 
-from tests.models.tiny import EOS, PAD, tiny_tokenizer
+from tests.models.tiny import EOS, PAD, tiny_reward_model, tiny_tokenizer
 from tpmm_pl.judges import RewardModelJudge
 from tpmm_pl.types import Completion, Judge, Prompt
 
@@ -22,17 +21,7 @@ SIZES: dict[str, Any] = {"vocab_size": 32, "num_labels": 1, "bos_token_id": None
 
 
 def save_llama(folder: Path, *, pad_id: int | None = PAD, **tokenizer: Any) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=pad_id,
-        eos_token_id=EOS,
-        **SIZES,
-    )
-    return save(LlamaForSequenceClassification(config), folder, **tokenizer)
+    return save(tiny_reward_model(pad_id=pad_id), folder, **tokenizer)
 
 
 def save_gpt2(folder: Path, **tokenizer: Any) -> Path:

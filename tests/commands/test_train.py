@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM
 
-from tests.models.tiny import EOS, PAD, WORDS, tiny_llama, tiny_tokenizer
+from tests.models.tiny import WORDS, tiny_llama, tiny_reward_model, tiny_tokenizer
 from tpmm_pl.callbacks import ModelExport, RoundEvaluation
 from tpmm_pl.cli import main
 from tpmm_pl.data.pairs import read_pairs
@@ -50,19 +50,7 @@ def policy(tmp_path: Path) -> Path:
 @pytest.fixture
 def reward_model(tmp_path: Path) -> Path:
     folder = tmp_path / "reward"
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
-    config.num_labels = 1
-    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny_reward_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -9,9 +9,16 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tests.models.tiny import CHAT_TEMPLATE, PAD, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models.tiny import (
+    CHAT_TEMPLATE,
+    PAD,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
 from tpmm_pl.models import load
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.load import LoraSettings, PretrainedPolicy, load_reward_model
@@ -141,26 +148,12 @@ def test_a_hub_model_is_fetched_once_and_loaded_as_a_folder(
     assert asked[2:] == [("owner/name", None, "*.bin")]
 
 
-def reward_model(labels: int = 1) -> LlamaForSequenceClassification:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=PAD,
-    )
-    config.num_labels = labels
-    return LlamaForSequenceClassification(config)
-
-
 def test_a_reward_model_gives_one_score_in_evaluation_mode(tmp_path: Path) -> None:
-    export_model(reward_model(), tiny_tokenizer(), None, tmp_path / "rm")
+    export_model(tiny_reward_model(), tiny_tokenizer(), None, tmp_path / "rm")
     model, tokenizer = load_reward_model(str(tmp_path / "rm"))
     assert not model.training
     assert tokenizer.pad_token_id == model.config.pad_token_id == PAD
-    assert torch.equal(logits(model), logits(reward_model().eval()))
+    assert torch.equal(logits(model), logits(tiny_reward_model().eval()))
     assert logits(model).shape == (2, 1)
 
 
@@ -174,7 +167,7 @@ def test_a_language_model_is_no_reward_model_unless_its_head_may_be_fresh(folder
 
 
 def test_a_classifier_of_several_classes_is_refused(tmp_path: Path) -> None:
-    export_model(reward_model(labels=3), tiny_tokenizer(), None, tmp_path / "rm")
+    export_model(tiny_reward_model(labels=3), tiny_tokenizer(), None, tmp_path / "rm")
     with pytest.raises(InputError, match=r"cannot load .*rm \(.+\); give a folder made by save"):
         load_reward_model(str(tmp_path / "rm"))
 

@@ -11,6 +11,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -63,6 +64,25 @@ def tiny_gpt2(*, seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
         eos_token_id=EOS,
     )
     return GPT2LMHeadModel(config)
+
+
+def tiny_reward_model(
+    *, labels: int = 1, pad_id: int | None = PAD
+) -> LlamaForSequenceClassification:
+    """Two layers, width 16, vocabulary 32, one score."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=pad_id,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    config.num_labels = labels
+    return LlamaForSequenceClassification(config)
 
 
 def tiny_tokenizer(*, pad: bool = True, template: bool = True) -> PreTrainedTokenizerFast:
