@@ -91,13 +91,13 @@ def draw_pairs(count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
     ]
 
 
-def draw_batches(model: nn.Module, batches: int, vocabulary: int) -> list[PairBatch]:
-    """Draw batches of 4 pairs, scored under the starting model."""
-    pairs = draw_pairs(4 * batches, vocabulary)
-    logps = score_pairs(model, pairs, pad_id=PAD, batch_size=4)
+def draw_batches(model: nn.Module, count: int, size: int, vocabulary: int) -> list[PairBatch]:
+    """Draw ``count`` batches of ``size`` pairs, scored under the starting model."""
+    pairs = draw_pairs(size * count, vocabulary)
+    logps = score_pairs(model, pairs, pad_id=PAD, batch_size=size)
     columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
     scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
-    return [collate(scored[start : start + 4], PAD) for start in range(0, len(scored), 4)]
+    return [collate(scored[start : start + size], PAD) for start in range(0, len(scored), size)]
 
 
 def write_snapshots(model: nn.Module, store: TrajectoryStore, count: int) -> None:
@@ -324,7 +324,7 @@ def measure_times(options: argparse.Namespace, root: Path) -> tuple[str, dict[st
     shape = SMALL if options.quick else FULL
     store = TrajectoryStore(root)
     model, merged = random_llama(shape), random_llama(shape)
-    batches = draw_batches(model, options.batches + 1, shape.vocabulary)
+    batches = draw_batches(model, options.batches + 1, options.pairs, shape.vocabulary)
     counts = options.snapshots
     agreement = {count: compare_gradients(merged, store, count, batches[0]) for count in counts}
     plain = PlainStep(model)
@@ -349,8 +349,8 @@ def measure_times(options: argparse.Namespace, root: Path) -> tuple[str, dict[st
     header = ["K", "streamed / plain", "10 - 90 %", "stacked / plain", "loss, streamed"]
     header += ["loss, stacked", "gradient's error, streamed", "stacked"]
     text = markdown(header, rows) + (
-        f"\n\n{_millions(model)} million parameters, {options.batches} batches of 4 pairs "
-        f"({options.naive_batches} for the stacked way), medians of ratios of CPU seconds, "
+        f"\n\n{_millions(model)} million parameters, {options.batches} batches of {options.pairs} "
+        f"pairs ({options.naive_batches} for the stacked way), medians of ratios of CPU seconds, "
         "one thread; errors are relative, against dot products in float64. "
         f"The bar of streamed / plain is {BAR}."
     )
@@ -363,7 +363,7 @@ def measure_memory(options: argparse.Namespace, root: Path) -> tuple[str, dict[s
     size = 4 * sum(p.numel() for p in random_llama(SMALL if options.quick else FULL).parameters())
     rows, ratios = [], {}
     for way in WAYS:
-        # the larger of several: a sampler can miss a peak, not invent one
+        # the largest of several: a sampler can miss a peak, not invent one
         peaks = [
             max(peak_in_fresh_process(way, k, root, options.quick) for _ in range(options.peaks))
             for k in (few, many)
@@ -372,8 +372,8 @@ def measure_memory(options: argparse.Namespace, root: Path) -> tuple[str, dict[s
         rows.append([way, *(f"{peak / size:.2f}" for peak in peaks), f"{100 * growth:.1f} %"])
     header = ["peak private memory, in sizes of the model", f"K = {few}", f"K = {many}", "growth"]
     text = markdown(header, rows) + (
-        f"\n\n{size / 4e6:.0f} million parameters, four steps on one pair, the larger peak of "
-        f"{options.peaks} processes each. The bar of the growth of streamed is {MEMORY_BAR:.0%}."
+        f"\n\n{size / 4e6:.0f} million parameters, four steps on one pair, the largest peak of "
+        f"{options.peaks} fresh processes. The bar of the growth of streamed is {MEMORY_BAR:.0%}."
     )
     return text, ratios
 
@@ -391,6 +391,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--snapshots", type=int, nargs="+", help="K; 2 4 8 9 or, if quick, 2 8")
     parser.add_argument("--batches", type=int, help="20 or, if quick, 4")
+    parser.add_argument("--pairs", type=int, help="a batch; 4 or, if quick, 2")
     parser.add_argument("--naive_batches", type=int, help="3 or, if quick, 1")
     parser.add_argument("--memory", type=int, nargs=2, default=[2, 8], help="two values of K")
     parser.add_argument("--peaks", type=int, help="processes a peak; 3 or, if quick, 1")
@@ -402,6 +403,7 @@ def main() -> None:
     options = parser.parse_args()
     options.snapshots = options.snapshots or ([2, 8] if options.quick else [2, 4, 8, 9])
     options.batches = options.batches or (4 if options.quick else 20)
+    options.pairs = options.pairs or (2 if options.quick else 4)
     options.naive_batches = options.naive_batches or (1 if options.quick else 3)
     options.peaks = options.peaks or (1 if options.quick else 3)
     torch.set_num_threads(1)
@@ -423,7 +425,8 @@ def main() -> None:
                 size = "_quick" if options.quick else ""
                 write_section(options.write, f"fusion_{part}{size}", text)
     if options.json:
-        settings = {"quick": options.quick, "batches": options.batches, "model": asdict(shape)}
+        settings = {"quick": options.quick, "batches": options.batches, "pairs": options.pairs}
+        settings |= {"model": asdict(shape)}
         content = {"ratios": ratios, "settings": {**settings, "torch": torch.__version__}}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
