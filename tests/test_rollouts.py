@@ -100,7 +100,7 @@ def test_greedy_completions_are_those_of_generate(factory: Any) -> None:
 
 
 @pytest.mark.parametrize("factory", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_the_recorded_log_probabilities_are_the_models_own(
     factory: Any, temperature: float
 ) -> None:
@@ -111,13 +111,11 @@ def test_the_recorded_log_probabilities_are_the_models_own(
     assert scored.std() > 0.1
 
 
-def test_the_recorded_log_probabilities_are_those_of_the_temperature() -> None:
+def test_a_temperature_of_one_half_draws_as_twice_the_logits_do() -> None:
     policy = model()
     made = sample(policy, prompts(), temperature=0.5)
     # a head of twice the size computes twice the logits
     policy.get_output_embeddings().weight.data *= 2
-    scored = score_completions(policy.eval(), made, pad_id=PAD)
-    assert [c.logps for c in made] == pytest.approx(scored.tolist(), abs=1e-4)
     assert ids(sample(policy, prompts())) == ids(made)
 
 

@@ -141,6 +141,4 @@ def test_in_a_bare_fabric_loop_the_next_policy_is_the_merge(
     store = TrajectoryStore(Path("runs/fabric/trajectory"))
     state = dict(names["policy"].named_parameters())
     assert_equal(state, merged(store, 3, [0.4**3, 0.6 * 0.4**2, 0.6 * 0.4, 0.6]))
-    optimizer = names["optimizer"]
-    assert optimizer.state, "it has stepped"
-    assert not any(v.any() for state in optimizer.state.values() for v in state.values())
+    assert not names["optimizer"].state

@@ -140,7 +140,21 @@ def test_a_row_a_round_is_printed_below_one_header(
     assert "of what may be shipped" in lines[5]
 
 
-def test_without_judges_and_pairs_nothing_is_measured(start: LettersPolicy, tmp_path: Path) -> None:
+def test_without_judges_length_and_divergence_are_measured(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
     context = snapshots(tmp_path, start, 1)
-    finish_all(context, RoundEvaluation())
-    assert [record.metrics for record in context.store.rounds] == [{}, {}]
+    finish_all(context, RoundEvaluation(max_new_tokens=6))
+    for record in context.store.rounds:
+        kinds = {name.split("/")[0] for name in record.metrics}
+        assert kinds - {"ship"} == {"length", "kl"}
+
+
+def test_at_another_temperature_no_divergence_is_claimed(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_all(context, RoundEvaluation(max_new_tokens=6, temperature=0.7))
+    names = list(context.store.record(1).metrics)
+    assert names
+    assert not [name for name in names if "kl/" in name]

@@ -159,7 +159,7 @@ def test_buffers_are_those_of_the_newest_snapshot(tmp_path: Path) -> None:
 def test_a_snapshot_of_another_model_is_refused(tmp_path: Path) -> None:
     store = dense_trajectory(tiny_llama, tmp_path)
     with pytest.raises(
-        InputError, match=r"does not fit the policy: source 0 .*; use the model the"
+        InputError, match=r"does not fit the policy: round 0 has an extra .*; use the model the"
     ):
         materialise(tiny_gpt2(), store, MERGE)
     smaller = nn.Linear(2, 2)
