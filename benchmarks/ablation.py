@@ -28,6 +28,18 @@ ARMS = {
 }
 """``control``: a fixed reference that also trains on the fuse pairs."""
 
+_RANKING = [
+    "--reference.strategy", "learned", "--reference.next_policy", "last",
+    "--reference.fusion.objective", "ranking",
+]  # fmt: skip
+GUARD_ARMS = {
+    "ranking": _RANKING,
+    "ranking_unguarded": [
+        *_RANKING, "--reference.guard_kl", "null", "--reference.guard_weight", "null",
+    ],
+}  # fmt: skip
+"""A learned reference that goes astray without the guard: ``--arms ranking,ranking_unguarded``."""
+
 QUICK = [
     "--model.policy.hidden", "32", "--model.policy.layers", "2", "--model.policy.steps", "150",
     "--model.rounds", "3", "--data.prompts_per_round", "48", "--data.evaluation_prompts", "64",
@@ -48,6 +60,7 @@ COMPARISONS = [
     (("learned", "merge"), ("control", "average")),
     (("learned", "average"), ("control", "average")),
     (("uniform", "average"), ("control", "average")),
+    (("ranking", "last"), ("ranking_unguarded", "last")),
 ]
 """Arm and what is shipped, against arm and what is shipped."""
 
@@ -59,7 +72,7 @@ def run_one(arm: str, seed: int, overlay: Path | None, out: Path, extra: list[st
     root = out / arm / f"seed_{seed}"
     overlays = ["--config", str(overlay)] if overlay else []
     command = [sys.executable, "-m", "tpmm_pl.cli", "fit", "--config", "configs/quickstart.yaml"]
-    command += [*overlays, *ARMS[arm], "--seed_everything", str(seed), *extra]
+    command += [*overlays, *(ARMS | GUARD_ARMS)[arm], "--seed_everything", str(seed), *extra]
     command += ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
     root.mkdir(parents=True, exist_ok=True)
     with (root / "output.txt").open("a") as output:

@@ -53,7 +53,7 @@ class ReferenceMerge(RoundCallback):
         window: int = 3,
         alpha: float = 0.6,
         fusion: FusionSettings | None = None,
-        guard_kl: float | None = 10.0,
+        guard_kl: float | None = 5.0,
         guard_weight: float | None = 0.9,
         ship: Literal["merge", "average", "learned"] = "merge",
         ship_steps: int = 40,

@@ -13,6 +13,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 BASE = {
     "quickstart_hard.yaml": "quickstart.yaml",
     "quickstart_broken.yaml": "quickstart.yaml",
+    "quickstart_reward.yaml": "quickstart.yaml",
     "lora.yaml": "preferences.yaml",
 }
 OVERLAYS = sorted(Path("configs/overlays").glob("*.yaml"))
@@ -39,7 +40,7 @@ def contains(whole: object, part: object) -> bool:
 
 
 def test_there_are_as_many_configs_as_are_parsed_below() -> None:
-    assert len(CONFIGS) == 4
+    assert len(CONFIGS) == 8
     assert {overlay.name for overlay in OVERLAYS} == set(BASE)
 
 

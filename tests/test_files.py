@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tpmm_pl.files import file_sha256, replacing, write_text
+from tpmm_pl.files import file_sha256, replacing, replacing_folder, write_text
 
 
 def test_text_is_written_whole_into_folders_that_are_made(tmp_path: Path) -> None:
@@ -47,3 +47,22 @@ def test_a_hash_is_that_of_the_whole_file(size: int, tmp_path: Path) -> None:
     content = b"x" * size
     (tmp_path / "f").write_bytes(content)
     assert file_sha256(tmp_path / "f") == sha256(content).hexdigest()
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "made" / "folder"
+    with replacing_folder(out) as beside:
+        (beside / "a").write_text("first")
+
+    def fill_half() -> None:
+        with replacing_folder(out) as beside:
+            (beside / "b").write_text("second")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half"):
+        fill_half()
+    assert [path.name for path in out.iterdir()] == ["a"]
+    with replacing_folder(out) as beside:
+        (beside / "c").write_text("third")
+    assert [path.name for path in out.iterdir()] == ["c"]
+    assert [path.name for path in out.parent.iterdir()] == ["folder"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformers import (
 )
 
 from tests.models.tiny import EOS, PAD, tiny_reward_model, tiny_tokenizer
-from tpmm_pl.judges import RewardModelJudge
-from tpmm_pl.types import Completion, Judge, Prompt
+from tpmm_pl.judges import RewardEnsembleJudge, RewardModelJudge, uncertainty_penalised
+from tpmm_pl.types import Completion, InputError, Judge, Prompt
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' ' }}{% endfor %}"
 
@@ -97,9 +98,18 @@ def test_a_conversation_is_read_through_the_judges_own_template(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("conversation", [True, False])
-def test_without_a_template_the_texts_are_joined(conversation: bool, tmp_path: Path) -> None:
+def test_without_a_template_the_texts_are_joined_and_ended(
+    conversation: bool, tmp_path: Path
+) -> None:
     folder = save_llama(tmp_path / "judge")
     answer = completion("w3", conversation=conversation)
+    (found,) = RewardModelJudge(str(folder), device="cpu")([answer])
+    assert found == pytest.approx(score(folder, [7, 8, 9, EOS]), abs=1e-5)
+
+
+def test_an_answer_that_was_cut_off_does_not_end(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "judge")
+    answer = replace(completion("w3"), finished=False)
     (found,) = RewardModelJudge(str(folder), device="cpu")([answer])
     assert found == pytest.approx(score(folder, [7, 8, 9]), abs=1e-5)
 
@@ -108,7 +118,7 @@ def test_of_a_long_text_the_end_is_kept(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "judge")
     judge = RewardModelJudge(str(folder), max_length=3, device="cpu")
     (found,) = judge([completion("w3 w4 w5")])
-    assert found == pytest.approx(score(folder, [9, 10, 11]), abs=1e-5)
+    assert found == pytest.approx(score(folder, [10, 11, EOS]), abs=1e-5)
 
 
 def test_no_completions_have_no_scores(tmp_path: Path) -> None:
@@ -119,3 +129,63 @@ def test_a_judge_is_loaded_when_it_first_scores(tmp_path: Path) -> None:
     judge = RewardModelJudge(str(tmp_path / "judge"), device="cpu")
     save_llama(tmp_path / "judge")
     assert len(judge(COMPLETIONS)) == len(COMPLETIONS)
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> list[str]:
+    """Three reward models that differ in their heads."""
+    folders = []
+    for number in range(3):
+        model = tiny_reward_model()
+        model.score.weight.data += number * torch.randn(
+            model.score.weight.shape, generator=torch.Generator().manual_seed(number)
+        )
+        folders.append(str(save(model, tmp_path / f"member_{number}")))
+    return folders
+
+
+@pytest.mark.parametrize(("combine", "by_hand"), [("mean", torch.mean), ("worst", torch.amin)])
+def test_an_ensemble_combines_its_members(combine: str, by_hand: Any, members: list[str]) -> None:
+    apart = torch.tensor([RewardModelJudge(name, device="cpu")(COMPLETIONS) for name in members])
+    together = RewardEnsembleJudge(members, combine, device="cpu")(COMPLETIONS)
+    assert together == pytest.approx(by_hand(apart, dim=0).tolist(), abs=1e-6)
+
+
+def test_uncertainty_costs_the_variance_over_members() -> None:
+    # means 2 and 4, variances 1 and 0
+    scores = torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    assert uncertainty_penalised(scores, 0.5).tolist() == [1.5, 4.0]
+    assert uncertainty_penalised(scores, 0.0).tolist() == scores.mean(0).tolist()
+
+
+def test_averaged_weights_of_heads_are_averaged_scores(members: list[str]) -> None:
+    # the members differ in a linear head only, where both averages agree
+    weights = RewardEnsembleJudge(members, "weights", device="cpu")(COMPLETIONS)
+    assert weights == pytest.approx(
+        RewardEnsembleJudge(members, "mean", device="cpu")(COMPLETIONS), rel=1e-6
+    )
+
+
+def test_members_of_two_shapes_cannot_be_averaged(members: list[str], tmp_path: Path) -> None:
+    other = str(save_gpt2(tmp_path / "other"))
+    judge = RewardEnsembleJudge([members[0], other], "weights", device="cpu")
+    with pytest.raises(InputError, match="cannot be averaged"):
+        judge(COMPLETIONS)
+
+
+def test_an_ensemble_of_one_is_refused(members: list[str]) -> None:
+    with pytest.raises(InputError, match="two members or more"):
+        RewardEnsembleJudge(members[:1])
+
+
+def test_unknown_combinations_are_refused(members: list[str]) -> None:
+    with pytest.raises(InputError, match="unknown combination 'means'; did you mean mean"):
+        RewardEnsembleJudge(members, "means")
+
+
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    model = tiny_reward_model()
+    model.score.weight.data[0, 0] = torch.nan
+    folder = str(save(model, tmp_path / "judge"))
+    with pytest.raises(InputError, match="scores that are not finite"):
+        RewardModelJudge(folder, device="cpu")(COMPLETIONS)

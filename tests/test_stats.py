@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from math import isnan, log
 
 import pytest
 import torch
 from scipy.stats import binomtest
 
-from tpmm_pl.stats import kl_k1, kl_k3, wilson_interval, win_rate
+from tpmm_pl.stats import best_of_n, best_of_n_kl, kl_k1, kl_k3, wilson_interval, win_rate
 
 
 def generator() -> torch.Generator:
@@ -88,3 +89,32 @@ def test_the_kl_estimators_are_unbiased_on_samples_of_a_gaussian() -> None:
 def test_the_kl_of_a_policy_to_itself_is_0() -> None:
     logps = -torch.rand(5, generator=generator())
     assert kl_k1(logps, logps).tolist() == kl_k3(logps, logps).tolist() == [0.0] * 5
+
+
+def test_best_of_one_is_the_mean_and_best_of_all_the_proxys_favourite() -> None:
+    proxy = torch.tensor([[0.1, 0.9, 0.5], [3.0, 1.0, 2.0]])
+    gold = torch.tensor([[1.0, 2.0, 6.0], [5.0, 7.0, 0.0]])
+    assert best_of_n(proxy, gold, 1).tolist() == pytest.approx([3.0, 4.0])
+    assert best_of_n(proxy, gold, 3).tolist() == pytest.approx([2.0, 5.0])
+    # of the three pairs, the favourites are 6, 2, 2 and 5, 5, 0
+    assert best_of_n(proxy, gold, 2).tolist() == pytest.approx([10 / 3, 10 / 3])
+
+
+def test_best_of_n_is_the_mean_over_all_subsets() -> None:
+    proxy, gold = torch.rand(2, 1, 7, generator=generator(), dtype=torch.float64)
+    favourites = [
+        gold[0, max(subset, key=lambda index: float(proxy[0, index]))]
+        for subset in itertools.combinations(range(7), 4)
+    ]
+    expected = float(torch.stack(favourites).mean())
+    assert best_of_n(proxy, gold, 4).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_best_of_n_refuses_more_answers_than_there_are() -> None:
+    with pytest.raises(ValueError, match="n is 3"):
+        best_of_n(torch.zeros(1, 2), torch.zeros(1, 2), 3)
+
+
+def test_the_divergence_of_best_of_one_is_0() -> None:
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(2) == pytest.approx(log(2) - 0.5)

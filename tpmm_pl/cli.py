@@ -4,10 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: where it lives, its positional arguments with help, and what it does."""
+
+    module: str
+    function: str
+    positional: Mapping[str, str]
+    does: str
+
 
 COMMANDS = {
-    "fit": "train a policy round after round, or the coefficients of a finished trajectory",
+    "fit": Command(
+        "train", "train", {}, "train policies round after round, reward models, or merge weights"
+    ),
+    "upcycle": Command(
+        "upcycle",
+        "upcycle_model",
+        {"model": "hub id or folder of a dense reward model with one output"},
+        "make a dense reward model a mixture of experts",
+    ),
+    "consolidate": Command(
+        "consolidate",
+        "consolidate_model",
+        {"directory": "mixture of experts, as `tpmm upcycle` and its training write it"},
+        "merge a mixture of experts into a dense reward model",
+    ),
+}
+_SWITCHES = {
+    "overwrite": "replace what is at --out",
+    "json": "print one JSON object and nothing else",
 }
 
 _HELP = """usage: tpmm COMMAND [options]
@@ -20,7 +51,8 @@ commands:
 examples:
   tpmm fit --config configs/quickstart.yaml
   tpmm fit --config configs/quickstart.yaml --reference.strategy last
-  tpmm fit --help
+  tpmm upcycle runs/reward_dense/export/reward --out runs/experts
+  tpmm COMMAND --help
 """
 
 
@@ -28,9 +60,11 @@ def main() -> None:
     """Run the command in ``sys.argv``; exit 0 done, 1 the run failed, 2 usage or bad input."""
     # three deprecations that Lightning's use of jsonargparse 4.53 triggers
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # tables of weights that a fresh head lacks, and of layers that no device mesh shards
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        lines = "\n".join(f"  {name:<12} {one.does}" for name, one in COMMANDS.items())
         print(_HELP.format(commands=lines))
         return
     if arguments[0] not in COMMANDS:
@@ -41,17 +75,45 @@ def main() -> None:
     # imported late: torch, transformers and lightning take seconds, `tpmm --help` should not
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from tpmm_pl.commands.train import train
     from tpmm_pl.types import InputError, RunError
 
+    command = COMMANDS[arguments[0]]
+    function = getattr(import_module(f"tpmm_pl.commands.{command.module}"), command.function)
     try:
-        train()
+        if arguments[0] == "fit":
+            function()
+        else:
+            _call(function, command, arguments)
     except InputError as error:
         _end(2, str(error))
     except RunError as error:
         _end(1, str(error))
     except SIGTERMException:
         sys.exit(143)
+
+
+def _call(function: Callable[..., None], command: Command, arguments: list[str]) -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"tpmm {arguments[0]}", description=command.does)
+    for name, text in command.positional.items():
+        parser.add_argument(name, type=str, help=text)
+    for name, text in _SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    handled: set[str | int] = {*command.positional, *_SWITCHES}
+    parser.add_function_arguments(function, as_group=False, as_positional=False, skip=handled)
+    settings = parser.instantiate_classes(parser.parse_args(_underscored(arguments[1:])))
+    function(**vars(settings))
+
+
+def _underscored(arguments: list[str]) -> list[str]:
+    # --shared-coefficient is --shared_coefficient
+    names = (argument.partition("=") for argument in arguments)
+    return [
+        (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + rest
+        for name, *value in names
+        for rest in ["".join(value)]
+    ]
 
 
 def _end(code: int, sentence: str) -> None:

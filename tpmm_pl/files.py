@@ -1,8 +1,9 @@
-"""Files that are complete or absent: written beside, flushed to disk, renamed."""
+"""Files and folders that are complete or absent: written beside, flushed to disk, renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -29,6 +30,35 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path`` to fill; on success it takes the place of ``path``.
+
+    Args:
+        path: The folder to make or replace; missing parents are made.
+
+    Yields:
+        The folder to fill. It is removed again when the block raises, and ``path`` is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        yield beside
+        for written in filter(Path.is_file, beside.rglob("*")):
+            with written.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        if path.exists():
+            path.rename(replaced)
+        beside.rename(path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tpmm_pl.data.batching import pad_rows
+from tpmm_pl.data.chat import judged_ids
+from tpmm_pl.merging import linear_merge
 from tpmm_pl.models.load import load_reward_model
-from tpmm_pl.types import Completion
+from tpmm_pl.registry import lookup
+from tpmm_pl.types import Completion, InputError
 
 
 class RewardModelJudge:
-    """A Hugging Face sequence-classification model with one score.
+    """A Hugging Face sequence-classification model with one score, or a mixture of experts of ours.
 
     Text is scored, not tokens: the judge has a tokenizer and chat template of its own, which need
-    not be the policy's; where it has a template, a plain prompt is a user's turn. The model is
-    loaded when the first completion is scored, once for all judges of one name.
+    not be the policy's; where it has a template, a plain prompt is a user's turn, where it has
+    none, a finished answer ends in its end-of-sequence token. The model is loaded when the first
+    completion is scored, once for all judges of one name.
 
     Args:
         name_or_path: Hub id or folder.
@@ -42,46 +47,119 @@ class RewardModelJudge:
         self.dtype = dtype
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    @torch.no_grad()
     def __call__(self, completions: Sequence[Completion]) -> list[float]:
-        """Return the model's score of each completion in its conversation."""
-        model, tokenizer = _loaded(self.name_or_path, self.dtype, self.device)
-        texts = [self._text(completion, tokenizer) for completion in completions]
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        scores = [0.0] * len(texts)
+        """Return the model's score of each completion in its conversation.
+
+        Raises:
+            InputError: If a score is not a number.
+        """
+        model, tokenizer = _loaded((self.name_or_path,), self.dtype, self.device)
+        return self._scores(completions, model, tokenizer)
+
+    @torch.no_grad()
+    def _scores(
+        self, completions: Sequence[Completion], model: nn.Module, tokenizer: Any
+    ) -> list[float]:
+        rows = [judged_ids(one, tokenizer)[-self.max_length :] for one in completions]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        scores = torch.empty(len(rows))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            inputs = tokenizer(
-                [texts[index] for index in chosen],
-                padding=True,
-                truncation=True,
-                max_length=self.max_length,
-                add_special_tokens=tokenizer.chat_template is None,
-                return_tensors="pt",
-            ).to(self.device)
-            values = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-            ).logits.squeeze(-1)
-            for index, value in zip(chosen, values.float().tolist(), strict=True):
-                scores[index] = value
-        return scores
-
-    @staticmethod
-    def _text(completion: Completion, tokenizer: Any) -> str:
-        prompt = completion.prompt
-        if tokenizer.chat_template is None:
-            return prompt.text + completion.text
-        messages = prompt.messages or ({"role": "user", "content": prompt.text},)
-        answer = {"role": "assistant", "content": completion.text}
-        text: str = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
-        return text
+            ids, mask, _ = pad_rows([((), rows[i]) for i in chosen], tokenizer.pad_token_id)
+            # the model's own forward: it reads the score where it did in its training
+            output = model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+            scores[chosen] = output.logits.squeeze(-1).float().cpu()
+        if not scores.isfinite().all():
+            raise InputError(
+                f"{self.name_or_path} gives scores that are not finite; check its weights, or its "
+                f"dtype {self.dtype}"
+            )
+        return scores.tolist()
 
 
-@lru_cache(maxsize=4)
-def _loaded(name_or_path: str, dtype: str, device: str) -> tuple[Any, Any]:
-    model, tokenizer = load_reward_model(name_or_path, dtype=dtype)
-    # on the right: to the left, models with absolute positions would count it
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
+def worst_case(scores: Tensor, penalty: float) -> Tensor:
+    """Return the lowest score of each answer (Coste et al. 2023, WCO); no ``penalty``."""
+    return scores.amin(0)
+
+
+def mean_score(scores: Tensor, penalty: float) -> Tensor:
+    """Return the mean score of each answer; no ``penalty``."""
+    return scores.mean(0)
+
+
+def uncertainty_penalised(scores: Tensor, penalty: float) -> Tensor:
+    """Return the mean less ``penalty`` times the variance over members (Coste et al. 2023, UWO).
+
+    Args:
+        scores: ``(M, n)``.
+        penalty: 0 is the mean.
+    """
+    return scores.mean(0) - penalty * scores.var(0, correction=0)
+
+
+COMBINATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mean": mean_score,
+    "worst": worst_case,
+    "penalised": uncertainty_penalised,
+}
+
+
+class RewardEnsembleJudge:
+    """Several reward models of one architecture and tokenizer as one judge.
+
+    Args:
+        names_or_paths: Hub ids or folders of the members.
+        combine: ``mean``, ``worst`` (the lowest), ``penalised`` (mean less variance), or
+            ``weights``: one model whose weights are the members' average (WARM, Rame et al. 2024).
+        penalty: Of the variance.
+        max_length: Tokens of prompt and completion; the end is kept.
+        batch_size: Completions scored at once.
+        dtype: Of the weights.
+        device: Where they run; by default on the accelerator where there is one.
+
+    Raises:
+        InputError: If there are fewer than two members, or ``combine`` is unknown.
+    """
+
+    def __init__(
+        self,
+        names_or_paths: list[str],
+        combine: str = "mean",
+        penalty: float = 1.0,
+        max_length: int = 2048,
+        batch_size: int = 32,
+        dtype: str = "float32",
+        device: str | None = None,
+    ) -> None:
+        if len(names_or_paths) < 2:
+            raise InputError(f"an ensemble needs two members or more, not {names_or_paths}")
+        lookup("combination", combine, {**COMBINATIONS, "weights": None})
+        self.members = [
+            RewardModelJudge(name, max_length, batch_size, dtype, device) for name in names_or_paths
+        ]
+        self.combine = combine
+        self.penalty = penalty
+
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
+        """Return the combined score of each completion."""
+        first = self.members[0]
+        if self.combine == "weights":
+            names = tuple(member.name_or_path for member in self.members)
+            return first._scores(completions, *_loaded(names, first.dtype, first.device))
+        scores = torch.tensor([member(completions) for member in self.members])
+        return COMBINATIONS[self.combine](scores, self.penalty).tolist()
+
+
+@lru_cache(maxsize=16)
+def _loaded(names: tuple[str, ...], dtype: str, device: str) -> tuple[nn.Module, Any]:
+    # several names: one model of their average weights
+    model, tokenizer = load_reward_model(names[0], dtype=dtype)
+    if len(names) > 1:
+        states = [load_reward_model(name, dtype=dtype)[0].state_dict() for name in names]
+        try:
+            model.load_state_dict(linear_merge(states, torch.full((len(names),), 1 / len(names))))
+        except ValueError as error:
+            raise InputError(f"the members of {names} cannot be averaged: {error}") from error
     # the score is read at the last token that the model does not take for padding
     tokenizer.pad_token_id = model.config.pad_token_id
     return nn.Module.to(model, device), tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import comb, log
 from typing import NamedTuple
 
 import torch
@@ -85,3 +86,35 @@ def kl_k3(policy: Tensor, reference: Tensor) -> Tensor:
     """
     log_ratio = reference - policy
     return log_ratio.exp() - 1 - log_ratio
+
+
+def best_of_n(proxy: Tensor, gold: Tensor, n: int) -> Tensor:
+    r"""Return the expected gold score of the best of n answers by proxy, a prompt at a time.
+
+    The mean over all :math:`\binom{N}{n}` subsets of the N answers, not over drawn ones
+    (Nakano et al. 2021, app. I): the answer of rank r is the best of
+    :math:`\binom{r-1}{n-1}` of them. ``n = 1`` is the plain mean; ties go to the later answer.
+
+    Args:
+        proxy: Scores that choose, ``(P, N)``.
+        gold: Scores of the same answers, ``(P, N)``.
+        n: Answers a choice, ``1 <= n <= N``.
+
+    Returns:
+        ``(P,)`` float64.
+
+    Raises:
+        ValueError: If the shapes disagree or ``n`` is out of range.
+    """
+    count = proxy.shape[-1]
+    if proxy.shape != gold.shape or not 1 <= n <= count:
+        raise ValueError(f"n is {n} for scores of shapes {proxy.shape} and {gold.shape}")
+    ranked = gold.double().gather(-1, proxy.argsort(dim=-1, stable=True))
+    whole = comb(count, n)
+    shares = torch.tensor([comb(rank, n - 1) / whole for rank in range(count)], dtype=torch.float64)
+    return (ranked * shares).sum(-1)
+
+
+def best_of_n_kl(n: int) -> float:
+    """Return KL(best of n || one answer) in nats, ``log n - (n - 1) / n`` (Gao et al. 2022)."""
+    return log(n) - (n - 1) / n

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class PairLogps(NamedTuple):
     rejected: Tensor
 
 
+class Rewards(NamedTuple):
+    """Scores of the two completions of each pair under a reward model, each ``(B,)`` float32."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
 class PairBatch(NamedTuple):
     """Padded pairs; rows ``0..B-1`` are the chosen, rows ``B..2B-1`` the rejected sequences."""
 
@@ -61,6 +69,8 @@ class PairBatch(NamedTuple):
     """``(B,)`` float32."""
     reference: PairLogps
     """``(B,)`` each; NaN where the pair has not been scored under a reference."""
+    margin: Tensor = torch.zeros(1)
+    """``(B,)`` float32; by how much the chosen reward is to exceed the rejected one."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,8 @@ class Pair:
     weight: float = 1.0
     ref_chosen_logps: float = nan
     ref_rejected_logps: float = nan
+    margin: float = 0.0
+    """By how much the chosen reward is to exceed the rejected one; reward models train on it."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def seen(batches: PairLoader) -> list[list[int]]:
 
 
 def test_collate_writes_these_tensors() -> None:
-    first = Pair("a", "", "", "", (11, 12), (13,), (14, 15), weight=0.5, ref_chosen_logps=-1.0)
+    first = Pair(
+        "a", "", "", "", (11, 12), (13,), (14, 15), weight=0.5, ref_chosen_logps=-1.0, margin=0.25
+    )
     second = Pair("b", "", "", "", (21,), (22, 23, 1), (24,), ref_rejected_logps=-2.0)
     batch = collate([first, second], pad_id=1)
     assert batch.input_ids.tolist() == [
@@ -59,11 +61,13 @@ def test_collate_writes_these_tensors() -> None:
         [X, 24, X, X],
     ]
     assert batch.weight.tolist() == [0.5, 1.0]
+    assert batch.margin.tolist() == [0.25, 0.0]
     assert batch.reference.chosen[0] == -1.0
     assert batch.reference.rejected[1] == -2.0
     assert batch.reference.chosen[1].isnan()
     assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.labels.dtype} == {torch.int64}
-    assert {batch.weight.dtype, batch.reference.chosen.dtype} == {torch.float32}
+    floats = {batch.weight.dtype, batch.reference.chosen.dtype, batch.margin.dtype}
+    assert floats == {torch.float32}
 
 
 def test_length_sorted_batches_hold_every_pair_once_longest_first() -> None:

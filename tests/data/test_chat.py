@@ -9,9 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from tests.models.tiny import EOS, tiny_tokenizer
-from tpmm_pl.data.chat import prompt_id, tokenize_pairs, tokenize_prompts
+from tpmm_pl.data.chat import judged_ids, prompt_id, tokenize_pairs, tokenize_prompts
 from tpmm_pl.data.formats import RawPair, RawPrompt, read_preferences
-from tpmm_pl.types import InputError
+from tpmm_pl.types import Completion, InputError, Prompt
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval_pairs"
 
@@ -215,3 +215,14 @@ def test_real_pairs_in_a_real_template_are_what_the_template_writes() -> None:
             assert ids.count(tokenizer.eos_token_id) == 1
         text = tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids])
         assert text == pair.prompt + pair.chosen + "<|im_end|>"
+
+
+@pytest.mark.parametrize("row", [plain(), chat()])
+def test_a_reward_model_is_trained_on_the_tokens_that_it_judges_by(row: RawPair) -> None:
+    tokenizer = tiny_tokenizer(template=not isinstance(row.prompt, str))
+    (pair,), _ = tokenize_pairs([row], tokenizer, max_length=50, whole_turns=True)
+    answer = row.chosen if isinstance(row.chosen, str) else row.chosen[-1]["content"]
+    messages = None if isinstance(row.prompt, str) else row.prompt
+    prompt = Prompt("p", pair.prompt, pair.prompt_ids, messages)
+    completion = Completion(prompt, 0, (), answer, finished=True, logps=0.0)
+    assert judged_ids(completion, tokenizer) == pair.prompt_ids + pair.chosen_ids

@@ -187,3 +187,15 @@ def test_real_pairs_are_read() -> None:
     pairs, dropped = read_preferences(REAL / "eval_in_domain.jsonl")
     assert len(pairs) + dropped.total() == 533
     assert all(isinstance(pair, RawPair) and isinstance(pair.prompt, tuple) for pair in pairs)
+
+
+def test_a_margin_is_read_and_is_0_where_there_is_none() -> None:
+    assert to_preference(PLAIN, "here").margin == 0.0
+    assert to_preference({**PLAIN, "margin": 2}, "here").margin == 2.0
+    assert to_preference({**CHAT, "margin": -0.5}, "here").margin == -0.5
+
+
+@pytest.mark.parametrize("value", ["1", True, float("nan"), float("inf"), [1]])
+def test_a_margin_that_is_no_finite_number_is_named(value: object) -> None:
+    with pytest.raises(InputError, match=r"d\.jsonl, line 3: margin is .+; give a finite number"):
+        to_preference({**PLAIN, "margin": value}, "d.jsonl, line 3")

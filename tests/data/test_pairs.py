@@ -45,6 +45,14 @@ def test_not_a_number_and_empty_tokens_survive(tmp_path: Path) -> None:
     assert repr(read_pairs(tmp_path / "p.parquet")) == repr([pair(prompt_ids=(), weight=nan)])
 
 
+def test_a_file_from_before_there_were_margins_has_margins_of_0(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "p.parquet", [pair(margin=0.5)])
+    assert read_pairs(tmp_path / "p.parquet")[0].margin == 0.5
+    table = pq.read_table(tmp_path / "p.parquet").drop_columns(["margin"])
+    pq.write_table(table, tmp_path / "q.parquet")
+    assert repr(read_pairs(tmp_path / "q.parquet")) == repr([pair()])
+
+
 def test_no_pairs_are_a_file_too(tmp_path: Path) -> None:
     write_pairs(tmp_path / "p.parquet", [])
     assert read_pairs(tmp_path / "p.parquet") == []

@@ -184,7 +184,7 @@ def test_the_default_rate_moves_and_the_usual_one_for_weights_does_not(
     assert stuck.coefficients[0] == pytest.approx((1 / 3,) * 3, rel=0.01)
     assert fit_warning(stuck) == (
         "fusion did not move: all 3 coefficients are within 1 % of uniform; "
-        "raise fusion.lr or fusion.steps"
+        "raise its lr or its steps"
     )
 
 

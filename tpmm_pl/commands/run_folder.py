@@ -78,7 +78,7 @@ class RunFolder:
                 f"{self.root} holds this run, finished: nothing to do. To go on, {longer}"
                 "start over with --overwrite"
             )
-        if ckpt_path is None and rounds is not None:
+        if ckpt_path is None and (rounds is not None or self.checkpoint.exists()):
             raise InputError(
                 f"{self.root} holds an unfinished run; go on with --ckpt_path last, or start "
                 "over with --overwrite"
@@ -120,7 +120,8 @@ class RunFolder:
 
     def _holds_work(self) -> bool:
         # a config alone is of a run that ended on bad input before it made anything
-        return (self.root / "trajectory").exists() or self._mark.exists()
+        made = (self.root / "trajectory", self.checkpoint, self._mark)
+        return any(path.exists() for path in made)
 
     def _store(self) -> TrajectoryStore:
         return TrajectoryStore(self.root / "trajectory")

@@ -19,7 +19,15 @@ from tpmm_pl.report.figures import gold_proxy_figure
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, RunError
 
-CALLBACK_GROUPS = ("snapshot", "reference", "pairs", "evaluation", "export", "checkpoint")
+CALLBACK_GROUPS = (
+    "snapshot",
+    "reference",
+    "pairs",
+    "evaluation",
+    "experts",
+    "export",
+    "checkpoint",
+)
 """Named optional callbacks of a config; one flag reaches each: ``--reference.strategy last``."""
 
 logger = logging.getLogger("tpmm_pl")
@@ -127,6 +135,8 @@ def train() -> None:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "log_every_n_steps": 1,
+        # every epoch's order is its own, and a round's pairs are made just before it
+        "reload_dataloaders_every_n_epochs": 1,
     }
     try:
         RunCLI(

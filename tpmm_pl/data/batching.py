@@ -36,6 +36,7 @@ def collate(pairs: Sequence[Pair], pad_id: int) -> PairBatch:
             chosen=_floats([pair.ref_chosen_logps for pair in pairs]),
             rejected=_floats([pair.ref_rejected_logps for pair in pairs]),
         ),
+        margin=_floats([pair.margin for pair in pairs]),
     )
 
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.formats import Content, Message, RawPair, RawPrompt
-from tpmm_pl.types import InputError, Pair, Prompt
+from tpmm_pl.types import Completion, InputError, Pair, Prompt
 
 Ids = tuple[int, ...]
 
@@ -32,6 +32,7 @@ def tokenize_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    whole_turns: bool = False,
 ) -> tuple[list[Pair], Counter[str]]:
     """Apply template and tokenizer; ``prompt_ids + chosen_ids`` is what the model sees.
 
@@ -43,6 +44,8 @@ def tokenize_pairs(
         tokenizer: The policy's; with a chat template for conversations.
         max_length: Tokens of prompt and completion together.
         max_prompt_length: Tokens of the prompt; ``None``: up to ``max_length``.
+        whole_turns: Keep what a template writes behind the answer, often a newline: a policy
+            stops before it, a reward model reads the conversation as the template writes it.
 
     Returns:
         The pairs that are left, and counts of what was cut off or dropped, by reason.
@@ -56,7 +59,8 @@ def tokenize_pairs(
     for row in rows:
         text, ids = _prompt(row, tokenizer)
         chosen, rejected = (
-            _answer(row, text, ids, answer, tokenizer) for answer in (row.chosen, row.rejected)
+            _answer(row, text, ids, answer, tokenizer, whole_turns)
+            for answer in (row.chosen, row.rejected)
         )
         kept = _keep_end(ids, budget)
         room = max_length - len(kept)
@@ -80,6 +84,7 @@ def tokenize_pairs(
                 rejected_ids=rejected.ids[:room],
                 score_chosen=row.score_chosen,
                 score_rejected=row.score_rejected,
+                margin=row.margin,
             )
         )
     return pairs, +counts
@@ -105,6 +110,22 @@ def tokenize_prompts(
     return prompts
 
 
+def judged_ids(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Return what a reward model with this tokenizer reads of a completion in its conversation.
+
+    With a chat template: the whole conversation through it; a plain prompt is a user's turn.
+    Without: the prompt's text, the completion's, and the end-of-sequence token if it was sampled.
+    """
+    prompt = completion.prompt
+    if tokenizer.chat_template:
+        messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+        answer = {"role": "assistant", "content": completion.text}
+        return _encode(_render((*messages, answer), tokenizer, prompt.prompt_id), tokenizer)
+    _, ids = _prompt(RawPrompt(prompt.text), tokenizer)
+    own = _encode(completion.text, tokenizer)
+    return (*ids, *(_ended(own, tokenizer) if completion.finished else own))
+
+
 def _prompt(row: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Ids]:
     if not isinstance(row.prompt, str):
         text = _render(row.prompt, tokenizer, row.where, answer_next=True)
@@ -118,7 +139,12 @@ def _prompt(row: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Id
 
 
 def _answer(
-    row: RawPair, prompt: str, ids: Ids, answer: Content, tokenizer: PreTrainedTokenizerBase
+    row: RawPair,
+    prompt: str,
+    ids: Ids,
+    answer: Content,
+    tokenizer: PreTrainedTokenizerBase,
+    whole_turns: bool,
 ) -> _Answer:
     if tokenizer.eos_token_id is None:
         raise InputError(
@@ -135,12 +161,14 @@ def _answer(
             " the completion cannot be told from it; give a chat_template without such a step"
             " (often one that adds or removes reasoning)"
         )
-    text = _without_end(whole[len(prompt) :], str(tokenizer.eos_token))
+    text = whole[len(prompt) :]
+    if not whole_turns:
+        text = _without_end(text, str(tokenizer.eos_token))
     together = _encode(prompt + text, tokenizer)
     # tokens can span the border; the prompt's own are what a completion is sampled behind
     fits = together[: len(ids)] == ids
     own = together[len(ids) :] if fits else _encode(text, tokenizer)
-    return _Answer(text, _ended(own, tokenizer))
+    return _Answer(text, own if whole_turns else _ended(own, tokenizer))
 
 
 def _render(

@@ -43,6 +43,7 @@ class RawPair(RawPrompt):
     rejected: Content = ""
     score_chosen: float = nan
     score_rejected: float = nan
+    margin: float = 0.0
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -108,19 +109,21 @@ def to_preference(row: Mapping[str, Any], where: str) -> RawPair:
 
     Three shapes are read: plain texts; lists of messages; and lists of messages that begin with
     the same turns, which then are the prompt (a ``prompt`` text beside them only names it).
-    ``score_chosen`` and ``score_rejected`` are kept where they are numbers.
+    ``score_chosen`` and ``score_rejected`` are kept where they are numbers; ``margin`` must be
+    one where it is there.
 
     Args:
         row: The fields ``prompt``, ``chosen`` and ``rejected``.
         where: File and line, for messages.
 
     Raises:
-        InputError: If a field is missing, empty, or of another type than its neighbours.
+        InputError: If a field is missing, empty, or of another type than its neighbours; or if
+            ``margin`` is no finite number.
     """
     chosen, rejected = (_content(row, name, where) for name in ("chosen", "rejected"))
     prompt = _content(row, "prompt", where) if row.get("prompt") is not None else None
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
-        return RawPair(prompt, where, chosen, rejected, *_scores(row))
+        return RawPair(prompt, where, chosen, rejected, *_scores(row), _margin(row, where))
     if isinstance(chosen, str) or isinstance(rejected, str):
         kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         found = ", ".join(f"{name} {_kind(value)}" for name, value in kinds.items())
@@ -134,7 +137,7 @@ def to_preference(row: Mapping[str, Any], where: str) -> RawPair:
                 f"{where}: {name} begins with the role {answer[0]['role']!r}, not 'assistant';"
                 " put the turns before the answer into prompt, or leave prompt out"
             )
-    return RawPair(prompt, where, chosen, rejected, *_scores(row))
+    return RawPair(prompt, where, chosen, rejected, *_scores(row), _margin(row, where))
 
 
 def _located_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -234,6 +237,18 @@ def _scores(row: Mapping[str, Any]) -> tuple[float, float]:
         for value in (row.get("score_chosen"), row.get("score_rejected"))
     )
     return chosen, rejected
+
+
+def _margin(row: Mapping[str, Any], where: str) -> float:
+    value = row.get("margin")
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise InputError(
+            f"{where}: margin is {value!r}; give a finite number, by how much the chosen reward is"
+            " to exceed the rejected one, or leave it out"
+        )
+    return float(value)
 
 
 def _kind(value: object) -> str:

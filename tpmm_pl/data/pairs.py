@@ -31,9 +31,12 @@ SCHEMA = pa.schema(
         ("weight", pa.float64()),
         ("ref_chosen_logps", pa.float64()),
         ("ref_rejected_logps", pa.float64()),
+        ("margin", pa.float64()),
     ]
 )
 """Columns of a pairs file, the fields of :class:`tpmm_pl.types.Pair` in order."""
+
+_MAY_LACK = {"margin"}  # files of runs that began before there was one
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
@@ -86,7 +89,7 @@ def _read_table(path: Path) -> Any:
             f"{path} cannot be read as parquet ({_first_line(error)}); delete it and make it again"
         ) from error
     names = set(table.column_names)
-    missing = [name for name in SCHEMA.names if name not in names]
+    missing = [name for name in SCHEMA.names if name not in names | _MAY_LACK]
     extra = sorted(names.difference(SCHEMA.names))
     if missing or extra or len(names) != len(table.column_names):
         raise InputError(
@@ -94,12 +97,13 @@ def _read_table(path: Path) -> Any:
             " give preference data as JSONL and let the pairs be made from it"
         )
     try:
-        table = table.select(SCHEMA.names).cast(SCHEMA)
+        here = [field for field in SCHEMA if field.name in names]
+        table = table.select([field.name for field in here]).cast(pa.schema(here))
     except pa.ArrowException as error:
         raise InputError(
             f"{path} is not a file of pairs: {_first_line(error)}; make it again"
         ) from error
-    if empty := [name for name in SCHEMA.names if table.column(name).null_count]:
+    if empty := [name for name in table.column_names if table.column(name).null_count]:
         raise InputError(f"{path} has missing values in {empty}; make it again")
     return table
 

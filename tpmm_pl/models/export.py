@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tpmm_pl.files import replacing_folder
 from tpmm_pl.types import StateDict
 
 
@@ -34,24 +33,12 @@ def export_model(
         ValueError: If ``state`` lacks a weight, has an unknown one, or one of another shape.
     """
     weights = None if state is None else _weights(model, state)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    replaced = out.with_name(f".{out.name}.{os.getpid()}.old")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with replacing_folder(out) as beside:
         if isinstance(model, PeftModel):
             _save_adapter(model, beside)
         else:
             model.save_pretrained(beside, state_dict=weights)
         tokenizer.save_pretrained(beside)
-        for path in beside.rglob("*"):
-            _flush(path)
-        if out.exists():
-            out.rename(replaced)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _weights(model: PreTrainedModel | PeftModel, state: StateDict) -> dict[str, Tensor]:
@@ -83,9 +70,3 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         for path in named.iterdir():
             path.rename(folder / path.name)
         named.rmdir()
-
-
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb+") as written:
-            os.fsync(written.fileno())

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tpmm_pl.models.moe_checkpoint import is_moe_folder, load_moe
 from tpmm_pl.types import InputError
 
 _DTYPES = {
@@ -162,38 +164,61 @@ def load_reward_model(
     """Return a reward model with one output, in evaluation mode, and its tokenizer.
 
     Args:
-        name_or_path: Hub id or folder.
+        name_or_path: Hub id, folder (also one of a mixture of experts), or ``.gguf`` file.
         revision: Branch, tag or commit on the hub.
         dtype: Of the weights.
         trust_remote_code: Whether to run code that comes with the model.
         fresh_head: Whether a head may be drawn at random where the model has none, to train it.
 
     Raises:
-        InputError: If the model cannot be found, has several outputs, or has no head and
-            ``fresh_head`` is off.
+        InputError: If the model cannot be found, lacks weights, has several outputs, or has no
+            head and ``fresh_head`` is off.
     """
-    folder, _ = _located(name_or_path, None, revision)
-    options: dict[str, Any] = {
-        "dtype": _dtype(dtype),
-        "num_labels": 1,
+    folder, gguf_file = _located(name_or_path, None, revision)
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": folder,
         "trust_remote_code": trust_remote_code,
-        "output_loading_info": True,
     }
-    load = AutoModelForSequenceClassification.from_pretrained
-    model, info = _loading(name_or_path, lambda: load(folder, **options))
-    if info["missing_keys"] and not fresh_head:
-        raise InputError(
-            f"{name_or_path} is no reward model: it has no {sorted(info['missing_keys'])};"
-            " give a model trained for sequence classification"
-        )
-    tokenizer = _loading(
-        name_or_path,
-        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
-    )
+    if gguf_file is None:
+        _refuse_several_outputs(name_or_path, source)
+    else:
+        source["gguf_file"] = gguf_file
+    if is_moe_folder(folder):
+        model = load_moe(folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
+    else:
+        model = _classifier(name_or_path, source | {"dtype": _dtype(dtype)}, fresh_head)
+    tokenizer = _loading(name_or_path, lambda: AutoTokenizer.from_pretrained(**source))
     _ensure_padding(tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return cast(PreTrainedModel, model.eval()), cast(PreTrainedTokenizerBase, tokenizer)
+    return model.eval(), cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _classifier(name: str, options: dict[str, Any], fresh_head: bool) -> PreTrainedModel:
+    load = AutoModelForSequenceClassification.from_pretrained
+    options |= {"num_labels": 1, "output_loading_info": True}
+    model, info = _loading(name, lambda: load(**options))
+    missing = sorted(info["missing_keys"])
+    # a fresh head has a name, what is in a layer has the layer's number
+    in_layers = any(part.isdigit() for key in missing for part in key.split("."))
+    if in_layers or (missing and not fresh_head):
+        raise InputError(
+            f"{name} is no reward model: it has no {missing};"
+            " give a model trained for sequence classification"
+        )
+    _forget_quantization(model)
+    return cast(PreTrainedModel, model)
+
+
+def _refuse_several_outputs(name: str, source: dict[str, Any]) -> None:
+    config = _loading(name, lambda: AutoConfig.from_pretrained(**source))
+    # a language model's configuration has the default of two labels, and no such head
+    classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
+    if classifies and config.num_labels != 1:
+        raise InputError(
+            f"cannot load {name} (it has {config.num_labels} outputs, a reward model has one); give"
+            " a folder made by save_pretrained with num_labels 1"
+        )
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -140,7 +140,7 @@ def on_device(batch: PairBatch, device: torch.device) -> PairBatch:
     reference = PairLogps(*(tensor.to(device) for tensor in batch.reference))
     tensors = {
         name: getattr(batch, name).to(device)
-        for name in ("input_ids", "attention_mask", "labels", "weight")
+        for name in ("input_ids", "attention_mask", "labels", "weight", "margin")
     }
     return PairBatch(**tensors, reference=reference)
 

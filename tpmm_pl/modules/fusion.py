@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,18 @@ from tpmm_pl.models.scoring import PairScorer, per_token
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.models.weights import streamed_merge
 from tpmm_pl.registry import lookup
+from tpmm_pl.streaming import StreamedMerge
 from tpmm_pl.trajectory import TrajectoryStore
-from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
+from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe, Rewards
 
-CONSTRAINTS = ("simplex", "affine")
-"""Ways to keep the sum of a row of coefficients."""
+CONSTRAINTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "simplex": lambda weights: weights.softmax(-1),
+    "affine": lambda weights: weights - weights.mean(-1, keepdim=True) + 1 / weights.shape[-1],
+}
+"""From free parameters to coefficients, ``(G, K)``; every row sums to 1, zeros give the average."""
 
-Objective = Callable[[PairLogps, PairBatch, float], Tensor]
+Objective = Callable[[Any, PairBatch, float], Tensor]
+"""From what the merged model says of a batch of pairs, the batch and beta to ``(B,)`` losses."""
 
 
 def scorer_dpo(merged: PairLogps, batch: PairBatch, beta: float) -> Tensor:
@@ -101,7 +106,7 @@ class FusionSettings:
         """Check names and ranges."""
         lookup("fusion objective", self.objective, OBJECTIVES)
         check_grouping(self.grouping)
-        lookup("fusion constraint", self.constraint, dict.fromkeys(CONSTRAINTS))
+        lookup("fusion constraint", self.constraint, CONSTRAINTS)
         rates = [self.beta] if self.lr is None else [self.beta, self.lr]
         if min(rates) <= 0 or self.steps < 1 or self.batch_size < 1:
             raise InputError(f"beta, lr, steps and batch_size of a fusion must be positive: {self}")
@@ -137,7 +142,8 @@ class FusionWeights(LightningModule):
         self.settings = settings or FusionSettings()
         self.policy_source = policy
         self.run = run
-        self.objective = OBJECTIVES[self.settings.objective]
+        self.objective: Objective = OBJECTIVES[self.settings.objective]
+        self.constraint = CONSTRAINTS[self.settings.constraint]
         self.losses: list[float] = []
         self.path: list[Tensor] = []
         self.weights: nn.Parameter
@@ -155,11 +161,30 @@ class FusionWeights(LightningModule):
         Returns:
             Itself, with fresh coefficients: the plain average.
         """
-        self.merge, self.groups = streamed_merge(policy, store, snapshots, self.settings.grouping)
-        self.snapshots = snapshots
-        self.scorer = PairScorer(policy)
-        self.weights = nn.Parameter(torch.zeros(len(self.groups), len(snapshots)))
+        merge, groups = streamed_merge(policy, store, snapshots, self.settings.grouping)
+        start = torch.zeros(len(groups), len(snapshots))
+        self.attach(merge, groups, PairScorer(policy), snapshots, start)
         return self
+
+    def attach(
+        self,
+        merge: StreamedMerge,
+        groups: tuple[str, ...],
+        scorer: Callable[[PairBatch], PairLogps | Rewards],
+        sources: tuple[int, ...],
+        start: Tensor,
+    ) -> None:
+        """Attach any merge inside a model, and what scores pairs under that model.
+
+        Args:
+            merge: Writes coefficients into the model, K sources and G groups.
+            groups: Their names.
+            scorer: From a batch to what the objective takes.
+            sources: Numbers of the sources, in the merge's order.
+            start: Free parameters of the coefficients, a row a group; zeros: the plain average.
+        """
+        self.merge, self.groups, self.scorer, self.snapshots = merge, groups, scorer, sources
+        self.weights = nn.Parameter(start.clone())
 
     def configure_model(self) -> None:
         """Load what a fit of its own works on: the finished trajectory of ``run``."""
@@ -181,10 +206,7 @@ class FusionWeights(LightningModule):
 
     def coefficients(self) -> Tensor:
         """Return the coefficients, ``(G, K)`` float32; every row sums to 1."""
-        if self.settings.constraint == "simplex":
-            return self.weights.softmax(-1)
-        centred = self.weights - self.weights.mean(-1, keepdim=True)
-        return centred + 1 / centred.shape[-1]
+        return self.constraint(self.weights)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Update the coefficients on a batch of held-out pairs."""
@@ -206,7 +228,7 @@ class FusionWeights(LightningModule):
         """Write what a fit of its own has learned to ``recipe.json`` in the run's folder."""
         if self.trainer.is_global_zero:
             recipe = self.recipe()
-            if (sentence := fit_warning(recipe)) is not None:
+            if (sentence := self.warning()) is not None:
                 warnings.warn(sentence, stacklevel=2)
             content = {**recipe.to_json(), "loss": self.losses}
             write_text(
@@ -225,6 +247,10 @@ class FusionWeights(LightningModule):
         """End a fit of its own when the coefficients have come to rest."""
         self.trainer.should_stop = self.trainer.should_stop or self.finished
 
+    def warning(self) -> str | None:
+        """Return a sentence if the coefficients did not move or collapsed, else ``None``."""
+        return fit_warning(self.recipe())
+
     def recipe(self) -> Recipe:
         """Return the learned merge."""
         rows = self.coefficients().detach().double()
@@ -238,8 +264,13 @@ class FusionWeights(LightningModule):
         )
 
 
-def fit_warning(recipe: Recipe) -> str | None:
-    """Return a sentence if learned coefficients did not move or collapsed, else ``None``."""
+def fit_warning(recipe: Recipe, what: str = "snapshot of round") -> str | None:
+    """Return a sentence if learned coefficients did not move or collapsed, else ``None``.
+
+    Args:
+        recipe: The coefficients and the numbers of their sources.
+        what: A source is called by this and its number.
+    """
     rows = torch.tensor(recipe.coefficients)
     count = rows.shape[1]
     if count < 2:
@@ -247,12 +278,12 @@ def fit_warning(recipe: Recipe) -> str | None:
     if (rows * count - 1).abs().max() <= 0.01:
         return (
             f"fusion did not move: all {count} coefficients are within 1 % of uniform; "
-            "raise fusion.lr or fusion.steps"
+            "raise its lr or its steps"
         )
     if (rows.max(-1).values / rows.abs().sum(-1)).min() > 0.99:
         heaviest = int(rows.mean(0).argmax())
         return (
-            f"fusion collapsed to the snapshot of round {recipe.snapshots[heaviest]}; "
-            "if that is the newest, check that no snapshot was trained on the fuse pairs"
+            f"fusion collapsed to the {what} {recipe.snapshots[heaviest]}; "
+            f"check that no {what.split()[0]} was trained on the fuse pairs"
         )
     return None

@@ -32,7 +32,9 @@ OPERATIONS: dict[str, Callable[[Sequence[str]], list[str]]] = {
 first, third, fifth.., `LEN` answers one digit and is therefore never followed by another."""
 
 VOCABULARY = (PAD, EOS, SEP, *OPERATIONS, *LETTERS, *DIGITS, *POLITE)
-"""All 41 words; a word's place is its token id."""
+"""All 41 words."""
+TOKEN_IDS = {word: place for place, word in enumerate(VOCABULARY)}
+"""A word's place is its token id."""
 
 MAX_ANSWER_TOKENS = 12
 """Budget of a completion, EOS included; every demonstration fits."""
@@ -67,6 +69,15 @@ def target(prompt: Words) -> list[str]:
     for operation in operations:
         answer = OPERATIONS[operation](answer)
     return answer
+
+
+def family(prompt: Words) -> int:
+    """Return the number of a prompt's first operation among all, its family of tasks.
+
+    Raises:
+        ValueError: If the first word is no operation.
+    """
+    return list(OPERATIONS).index(prompt[0])
 
 
 def levenshtein(left: Words, right: Words) -> int:

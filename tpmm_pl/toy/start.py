@@ -27,7 +27,7 @@ from transformers import (
 
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.modules.sft import DemonstrationBatch, SFTModule
-from tpmm_pl.toy.letters import EOS, PAD, VOCABULARY, demonstration
+from tpmm_pl.toy.letters import EOS, PAD, TOKEN_IDS, VOCABULARY, demonstration
 from tpmm_pl.toy.prompts import random_problem_of
 from tpmm_pl.toy.tokenizer import letters_tokenizer
 from tpmm_pl.types import IGNORE_INDEX, InputError
@@ -35,8 +35,7 @@ from tpmm_pl.types import IGNORE_INDEX, InputError
 _VERSION = 1
 """Raised when demonstrations or training change, so that no stale start is taken for a new one."""
 
-_IDS = {word: place for place, word in enumerate(VOCABULARY)}
-_PAD_ID, _EOS_ID = _IDS[PAD], _IDS[EOS]
+_PAD_ID, _EOS_ID = TOKEN_IDS[PAD], TOKEN_IDS[EOS]
 
 
 class LettersPolicy:
@@ -193,7 +192,7 @@ def demonstration_batches(seed: int, steps: int, batch_size: int) -> list[Demons
 def _demonstration_ids(generator: random.Random) -> tuple[list[int], list[int]]:
     prompt = random_problem_of(generator, "in_domain", "train")
     answer = demonstration(generator, prompt)
-    return [_IDS[word] for word in prompt], [_IDS[word] for word in answer]
+    return [TOKEN_IDS[word] for word in prompt], [TOKEN_IDS[word] for word in answer]
 
 
 def _collate(rows: Sequence[tuple[list[int], list[int]]]) -> DemonstrationBatch:

@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from tpmm_pl.toy.letters import EOS, PAD, VOCABULARY
+from tpmm_pl.toy.letters import EOS, PAD, TOKEN_IDS
 
 
 def letters_tokenizer() -> PreTrainedTokenizerFast:
@@ -15,7 +15,7 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
 
     Words are separated by blanks, in and out. There is no unknown token: a foreign word raises.
     """
-    backend = Tokenizer(WordLevel({word: place for place, word in enumerate(VOCABULARY)}))
+    backend = Tokenizer(WordLevel(TOKEN_IDS))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -1,0 +1,54 @@
+"""A printed row for every validation of a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+_COLUMNS = ("accuracy", "margin", "calibration_error")
+_HEADS = ("accuracy", "margin", "calib.err")
+
+
+class RewardEvaluation(Callback):
+    """Prints what a reward model's validation measured: by domain, a row a validation.
+
+    It reads ``eval/<metric>/<domain>`` as :class:`tpmm_pl.modules.reward.RewardModule` logs them.
+    """
+
+    def __init__(self) -> None:
+        self._header_printed = False
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        domains = domains_of(measured)
+        if not domains or trainer.sanity_checking:
+            return
+        if not self._header_printed:
+            self._header_printed = True
+            print(table_header(domains))
+        print(table_row(trainer.current_epoch + 1, trainer.global_step, measured), flush=True)
+
+
+def domains_of(measured: Mapping[str, float]) -> list[str]:
+    """Return the domains that an accuracy was measured in, in their order."""
+    area = "eval/accuracy/"
+    return [name.removeprefix(area) for name in measured if name.startswith(area)]
+
+
+def table_header(domains: list[str]) -> str:
+    """Return the two lines over the rows."""
+    above = "".join(f"  {domain.replace('_', ' '):^29}" for domain in domains)
+    heads = "".join("  " + " ".join(f"{head:>9}" for head in _HEADS) for _ in domains)
+    return f"{'':>11}{above}\n{'epoch':>5} {'step':>5}{heads}"
+
+
+def table_row(epoch: int, step: int, measured: Mapping[str, float]) -> str:
+    """Return a row: accuracy, mean margin and calibration error by domain."""
+    cells = "".join(
+        "  " + " ".join(f"{measured[f'eval/{name}/{domain}']:>9.3f}" for name in _COLUMNS)
+        for domain in domains_of(measured)
+    )
+    return f"{epoch:>5} {step:>5}{cells}"

@@ -1,0 +1,30 @@
+"""The Hugging Face folder of a trained reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tpmm_pl.models.reward import export_reward_model
+from tpmm_pl.types import InputError
+
+
+class RewardExport(Callback):
+    """Writes ``export/reward`` at the end of training.
+
+    A dense model, also one trained by adapters, is a folder for any tool that loads sequence
+    classification; a mixture of experts is a folder for ``tpmm consolidate`` and our loaders.
+    """
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        reward = getattr(pl_module, "reward", None)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if reward is None or tokenizer is None:
+            raise InputError(
+                f"RewardExport needs a module with `reward` and data with `tokenizer`, not "
+                f"{type(pl_module).__name__}"
+            )
+        export_reward_model(reward, tokenizer, Path(trainer.default_root_dir) / "export" / "reward")

@@ -1,0 +1,108 @@
+"""The reward models of the letters task from the command line: train, stop, resume, consolidate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForSequenceClassification
+
+from tpmm_pl.callbacks import FitCheckpoint
+from tpmm_pl.cli import main
+
+Run = Callable[..., int]
+
+SMALL = [
+    "--data.pairs", "96", "--data.batch_size", "16", "--data.evaluation_pairs", "32",
+]  # fmt: skip
+START = {
+    "class_path": "tpmm_pl.toy.start.LettersPolicy",
+    "init_args": {"hidden": 16, "layers": 2, "ffn": 32, "steps": 3},
+}
+STOP_AFTER = 7
+"""In the second epoch, one step behind a checkpoint."""
+
+
+@pytest.fixture
+def tpmm(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run(config: str, root: Path, *arguments: object) -> int:
+        flags = ["--config", f"configs/{config}.yaml", "--trainer.default_root_dir", str(root)]
+        monkeypatch.setattr(sys, "argv", ["tpmm", "fit", *flags, *SMALL, *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def dense(tpmm: Run, tmp_path: Path) -> Path:
+    start = {**START, "init_args": {**START["init_args"], "cache_dir": str(tmp_path / "sft")}}  # type: ignore[dict-item]
+    flags = ["--model.reward.start", str(start).replace("'", '"'), "--trainer.max_epochs", "1"]
+    assert tpmm("reward_dense", tmp_path / "dense", *flags) == 0
+    return tmp_path / "dense" / "export" / "reward"
+
+
+def moe(tpmm: Run, dense: Path, root: Path, *arguments: object) -> int:
+    few = ["--model.reward.moe.experts", 4, "--model.reward.moe.active", 3]
+    name = ["--model.reward.name_or_path", dense, "--experts.every_n_steps", 2]
+    return tpmm("reward_moe", root, *name, *few, *arguments)
+
+
+def test_dense_to_experts_to_dense(
+    tpmm: Run, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moe(tpmm, dense, tmp_path / "moe") == 0
+    experts = tmp_path / "moe" / "export" / "reward"
+    assert (experts / "moe.json").is_file()
+    events = EventAccumulator(str(tmp_path / "moe" / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"experts/00/load_00", "experts/01/load_cv", "experts/01/gate_entropy"} <= scalars
+    assert {"loss", "accuracy", "margin", "balance_loss", "eval/accuracy/in_domain"} <= scalars
+    name = ["--model.reward.name_or_path", experts]
+    assert tpmm("reward_consolidate", tmp_path / "merged", *name) == 0
+    printed = capsys.readouterr().out
+    assert "epoch  step   accuracy" in printed
+    merged = tmp_path / "merged" / "export" / "reward"
+    before = AutoModelForSequenceClassification.from_pretrained(dense).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(merged).state_dict()
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+
+
+def test_experts_stopped_in_an_epoch_end_at_the_same_weights(
+    tpmm: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert moe(tpmm, dense, tmp_path / "whole", "--checkpoint.every_n_steps", 2) == 0
+    keep = ["--checkpoint.every_n_steps", 2]
+    counted = FitCheckpoint.on_train_batch_end
+
+    def killed(self: FitCheckpoint, trainer: Any, *rest: Any) -> None:
+        counted(self, trainer, *rest)
+        if trainer.global_step == STOP_AFTER:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FitCheckpoint, "on_train_batch_end", killed)
+        assert moe(tpmm, dense, tmp_path / "cut", *keep) == 1
+    assert not (tmp_path / "cut" / "export").exists()
+    assert moe(tpmm, dense, tmp_path / "cut", *keep) == 2  # in use: how to go on is said
+    assert moe(tpmm, dense, tmp_path / "cut", *keep, "--ckpt_path", "last") == 0
+    for file in sorted((tmp_path / "whole" / "export" / "reward").glob("*.safetensors")):
+        whole, cut = load_file(file), load_file(tmp_path / "cut" / "export" / "reward" / file.name)
+        assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_a_reward_model_that_is_not_there_is_told(
+    tpmm: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moe(tpmm, tmp_path / "nowhere" / "at" / "all", tmp_path / "moe") == 2
+    assert "no model folder" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""``tpmm consolidate``: a mixture of experts becomes the dense reward model it once was."""
+
+from __future__ import annotations
+
+import json as json_format
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tpmm_pl.commands.output import refuse_existing, report
+from tpmm_pl.data.batching import collate, fuse_loader, length_sorted_batches, pad_rows
+from tpmm_pl.data.rewards import read_reward_pairs
+from tpmm_pl.fabric import fit_with_fabric
+from tpmm_pl.models.load import load_reward_model
+from tpmm_pl.models.moe_checkpoint import is_moe_folder
+from tpmm_pl.models.reward import RewardScorer, export_reward_model
+from tpmm_pl.modules.consolidation import ExpertFusion, Start, mean_gates
+from tpmm_pl.types import InputError, Pair, PairBatch, RunError
+
+TOLERANCE = 1e-5
+"""Largest relative difference allowed to the scores of plain transformers, in float32."""
+
+# plain transformers in a process of its own: nothing of this package can help it
+_PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification as Auto
+asked = json.load(sys.stdin)
+model = Auto.from_pretrained(asked["folder"], dtype=getattr(torch, asked["dtype"])).eval()
+with torch.no_grad():
+    ids, mask = torch.tensor(asked["ids"]), torch.tensor(asked["mask"])
+    print(json.dumps(model(input_ids=ids, attention_mask=mask).logits.float().flatten().tolist()))
+"""
+
+
+def consolidate_model(
+    directory: Path,
+    out: Path,
+    pairs: Path | None = None,
+    coefficients: Literal["uniform", "routing", "learned"] | None = None,
+    shared_coefficient: float = 0.5,
+    start: Start = "uniform",
+    steps: int = 50,
+    batch_size: int = 32,
+    lr: float = 0.1,
+    max_length: int = 1024,
+    seed: int = 0,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Merge the experts of every layer into one dense layer and drop the router.
+
+    Args:
+        directory: Mixture of experts, as `tpmm upcycle` and the training of one write it.
+        out: Folder to write; any tool loads it as a reward model of the original architecture.
+        pairs: Held-out preference pairs, JSONL, that no model here was trained on.
+        coefficients: Of the routed experts: `uniform` (default without pairs), their mean gates
+            on the pairs (`routing`), or `learned` on the pairs (default with pairs).
+        shared_coefficient: Weight of the shared expert, in [0, 1].
+        start: Where learning starts.
+        steps: Of learning, at most.
+        batch_size: Pairs a step of learning.
+        lr: Of learning.
+        max_length: Tokens of prompt and completion together.
+        seed: Of the order of pairs.
+        dtype: Of the weights.
+        overwrite: Replace the folder if it exists.
+        json: Print one JSON object and nothing else.
+
+    Raises:
+        InputError: If the input is no mixture of experts, pairs are missing, or the folder exists.
+        RunError: If plain transformers gives other scores for what was written.
+    """
+    way = coefficients or ("uniform" if pairs is None else "learned")
+    if way != "uniform" and pairs is None:
+        raise InputError(f"--coefficients {way} needs pairs to look at; give --pairs FILE")
+    refuse_existing(out, overwrite=overwrite)
+    if not is_moe_folder(directory):
+        raise InputError(
+            f"{directory} is no mixture of experts made here (it has no moe.json); "
+            "make one by `tpmm upcycle`"
+        )
+    fusion = ExpertFusion(shared_coefficient=shared_coefficient, start=start, lr=lr)
+    fabric = Fabric(accelerator="auto", devices=1)
+    model, tokenizer = load_reward_model(str(directory), dtype=dtype)
+    fabric.to_device(model)
+    known = [] if pairs is None else read_reward_pairs(pairs, tokenizer, max_length=max_length)
+    pad_id = int(tokenizer.pad_token_id)
+    order = length_sorted_batches(known, batch_size)
+    batches = [fabric.to_device(collate([known[i] for i in rows], pad_id)) for rows in order]
+    found: dict[str, Any] = {"out": str(out), "coefficients": way}
+    if known:
+        found["accuracy_experts"] = accuracy(model, batches)
+    gates = None
+    if way == "routing" or (way == "learned" and start == "routing"):
+        gates = mean_gates(model, batches)
+    fusion.bind_experts(model, gates)
+    if way == "learned":
+        generator = torch.Generator().manual_seed(seed)
+        loader = fuse_loader(
+            known, batch_size=batch_size, steps=steps, pad_id=pad_id, generator=generator
+        )
+        found |= _learned(fusion, fabric, loader, batches)
+    if known:
+        found["accuracy_dense"] = accuracy(model, batches)
+    export_reward_model(model, tokenizer, out)
+    found["max_difference"] = plain_difference(model.cpu(), tokenizer, known, out, dtype)
+    found["rows"] = fusion.coefficients().tolist()
+    report(_sentences(found, fusion), found, json=json)
+    if dtype == "float32" and found["max_difference"] > TOLERANCE:
+        raise RunError(
+            f"plain transformers scores {out} otherwise by {found['max_difference']:.1e}; "
+            "please report the model's architecture"
+        )
+
+
+def _learned(
+    fusion: ExpertFusion,
+    fabric: Fabric,
+    loader: Iterable[PairBatch],
+    batches: Sequence[PairBatch],
+) -> dict[str, float]:
+    before = _loss(fusion, batches)
+    fit_with_fabric(fabric, fusion, loader, title="learning coefficients")
+    fusion.merge.write(fusion.coefficients())
+    return {"loss_start": before, "loss": _loss(fusion, batches), "steps": len(fusion.losses)}
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, batches: Sequence[PairBatch]) -> float:
+    """Return the share of pairs whose chosen completion scores higher."""
+    scorer = RewardScorer(model)
+    rewards = [scorer(batch) for batch in batches]
+    return float(torch.cat([r.chosen > r.rejected for r in rewards]).float().mean())
+
+
+def plain_difference(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    out: Path,
+    dtype: str,
+) -> float:
+    """Return the largest difference, relative above 1, to plain transformers in a new process.
+
+    Args:
+        model: What was written, on the CPU.
+        tokenizer: Its tokenizer.
+        pairs: The first are scored; without pairs rows of the vocabulary's tokens are.
+        out: The folder.
+        dtype: To load it in.
+    """
+    rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs[:8]]
+    if not rows:
+        usable = sorted(set(range(min(len(tokenizer), 512))) - set(tokenizer.all_special_ids))
+        rows = [tuple(usable[length : 3 * length]) for length in (2, 5, 9)]
+    ids, mask, _ = pad_rows([((), row) for row in rows], int(tokenizer.pad_token_id))
+    with torch.no_grad():
+        ours = RewardScorer(model).rows(ids, mask)
+    asked = {"folder": str(out), "dtype": dtype, "ids": ids.tolist(), "mask": mask.tolist()}
+    done = subprocess.run(
+        [sys.executable, "-c", _PLAIN], input=json_format.dumps(asked), text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise RunError(f"plain transformers cannot load {out}: {' '.join(last)}")
+    theirs = torch.tensor(json_format.loads(done.stdout.strip().splitlines()[-1]))
+    # relative above 1: float32 has seven digits
+    return float(((ours - theirs) / ours.abs().clamp(min=1)).abs().max())
+
+
+@torch.no_grad()
+def _loss(fusion: ExpertFusion, batches: Sequence[PairBatch]) -> float:
+    losses: list[Tensor] = [fusion.objective(fusion.scorer(b), b, 1.0) for b in batches]
+    return float(torch.cat(losses).mean())
+
+
+def _sentences(found: dict[str, Any], fusion: ExpertFusion) -> str:
+    rows = fusion.coefficients()
+    lines = [
+        f"layer {number:>2}: " + " ".join(f"{c:.3f}" for c in row.tolist())
+        for number, row in enumerate(rows)
+    ]
+    lines.insert(0, f"coefficients ({found['coefficients']}), the shared expert's first")
+    if "loss" in found:
+        lines.append(
+            f"loss on the pairs {found['loss_start']:.4f} -> {found['loss']:.4f} nats "
+            f"in {found['steps']} steps"
+        )
+        if (sentence := fusion.warning()) is not None:
+            lines.append(f"warning: {sentence}")
+    if "accuracy_dense" in found:
+        lines.append(
+            f"accuracy on the pairs: experts {found['accuracy_experts']:.3f}, "
+            f"dense {found['accuracy_dense']:.3f}"
+        )
+    lines.append(
+        f"{found['out']}: plain transformers scores it within {found['max_difference']:.1e}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,24 @@
+"""What commands print and where they may write."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Any
+
+from tpmm_pl.types import InputError
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is there.
+
+    Raises:
+        InputError: If ``out`` exists and is not to be replaced.
+    """
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; choose another --out, or replace it with --overwrite")
+
+
+def report(sentences: str, found: dict[str, Any], *, json: bool) -> None:
+    """Print what was done: sentences for a reader, or one JSON object."""
+    print(json_format.dumps(found) if json else sentences, flush=True)

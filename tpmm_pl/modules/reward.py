@@ -1,0 +1,145 @@
+"""Training a reward model on preference pairs."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from peft import PeftModel
+from torch import Tensor, nn
+
+from tpmm_pl.losses import bradley_terry_loss
+from tpmm_pl.models.reward import RewardScorer
+from tpmm_pl.models.source import PolicySource
+from tpmm_pl.modules.dpo import SCHEDULES, learning_rate_factor
+from tpmm_pl.modules.pair_validation import PairValidation, refuse_not_finite
+from tpmm_pl.moe.routing import Routing, balance_loss, recorded_routing
+from tpmm_pl.registry import lookup
+from tpmm_pl.rounds import run_seed
+from tpmm_pl.types import InputError, PairBatch, Rewards
+
+
+class RewardModule(PairValidation, LightningModule):
+    """A reward model, dense or a mixture of experts, under the Bradley-Terry loss.
+
+    Args:
+        reward: Makes the model to train.
+        optimizer: From parameters to an optimizer.
+        label_smoothing: The assumed rate of swapped labels, in ``[0, 0.5)``.
+        centring: Coefficient of the squared sum of a pair's rewards, which keeps them around 0.
+        balance: Coefficient of the experts' balance losses, summed over layers.
+        schedule: Of the learning rate over the whole fit.
+        warmup: Share of the fit's steps over which the learning rate rises from 0.
+
+    Raises:
+        InputError: If a setting is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        reward: PolicySource,
+        optimizer: OptimizerCallable,
+        label_smoothing: float = 0.0,
+        centring: float = 0.0,
+        balance: float = 0.01,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 0.5:
+            raise InputError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
+        if centring < 0 or balance < 0:
+            raise InputError(f"centring {centring} and balance {balance} must not be negative")
+        if not 0 <= warmup <= 1:
+            raise InputError(f"warmup is {warmup}; it is a share of the fit's steps, in [0, 1]")
+        lookup("schedule", schedule, SCHEDULES)
+        self.reward_source = reward
+        self.make_optimizer = optimizer
+        self.label_smoothing = label_smoothing
+        self.centring = centring
+        self.balance = balance
+        self.schedule = schedule
+        self.warmup = warmup
+        self.routings: dict[str, Routing] = {}
+        """What the routers did in the last training step, by layer; empty for a dense model."""
+        self.reward: nn.Module
+
+    def configure_model(self) -> None:
+        """Load the reward model, once."""
+        if not hasattr(self, "reward"):
+            self.reward = self.reward_source.load_model()
+            # an adapter's checkpoint leaves the frozen base model out
+            self.strict_loading = not isinstance(self.reward, PeftModel)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer of the parameters that train."""
+        return self.make_optimizer(p for p in self.reward.parameters() if p.requires_grad)
+
+    def on_fit_start(self) -> None:
+        """Take the model's backbone and head apart once."""
+        self._scorer = RewardScorer(self.reward)
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the weighted mean loss of a batch of pairs, the experts' balance included."""
+        noise = generator_of(run_seed(), self.global_step, batch_idx, self.global_rank)
+        with recorded_routing(self.reward, batch.attention_mask, noise) as routings:
+            rewards = self._scorer(batch)
+        refuse_not_finite(rewards, self.global_step)
+        losses = bradley_terry_loss(
+            *rewards,
+            margin=batch.margin,
+            label_smoothing=self.label_smoothing,
+            centring=self.centring,
+        )
+        loss = (losses * batch.weight).mean()
+        metrics = reward_metrics(rewards)
+        if routings:
+            unbalance = torch.stack([balance_loss(r) for r in routings.values()]).sum()
+            loss = loss + self.balance * unbalance
+            metrics["balance_loss"] = unbalance.detach()
+        self.routings = {name: Routing(*map(_detached, r)) for name, r in routings.items()}
+        self.log_dict({"loss": loss.detach(), **metrics}, batch_size=len(losses))
+        return loss
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """Set the learning rate from the position within the fit."""
+        if self.schedule == "constant" and not self.warmup:
+            return
+        done = self.global_step / self.trainer.estimated_stepping_batches
+        factor = learning_rate_factor(done, self.schedule, self.warmup)
+        for group in self.trainer.optimizers[0].param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a frozen base model out of the checkpoint."""
+        if not self.strict_loading:
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: t for n, t in state.items() if n in trained}
+
+
+def reward_metrics(rewards: Rewards) -> dict[str, Tensor]:
+    """Return what TRL's ``RewardTrainer`` logs of a batch, by its names; scalars."""
+    chosen, rejected = (scores.detach() for scores in rewards)
+    both = torch.cat([chosen, rejected])
+    return {
+        "accuracy": (chosen > rejected).float().mean(),
+        "margin": (chosen - rejected).mean(),
+        "min_reward": both.min(),
+        "mean_reward": both.mean(),
+        "max_reward": both.max(),
+    }
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """Return a generator that depends on the numbers only."""
+    digest = sha256(" ".join(map(str, numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
