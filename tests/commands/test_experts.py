@@ -20,15 +20,15 @@ from tpmm_pl.moe.convert import moe_layers
 FEW = ["--experts", "4", "--active", "3"]
 
 
-@pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    return saved(tiny_reward_model(), tmp_path / "dense")
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tiny_reward_model(), tmp_path_factory.mktemp("dense"))
 
 
-@pytest.fixture
-def experts(dense: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def experts(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture whose experts have moved apart."""
-    out = tmp_path / "experts"
+    out = tmp_path_factory.mktemp("made") / "experts"
     assert run("upcycle", dense, "--out", out, *FEW) == 0
     model, tokenizer = load_reward_model(str(out))
     generator = torch.Generator().manual_seed(0)
@@ -57,22 +57,18 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 def run(*arguments: object) -> int:
-    sys.argv = ["tpmm", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["tpmm", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert run(*arguments) == 2
     return capsys.readouterr().err.strip()
-
-
-@pytest.fixture(autouse=True)
-def _arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tpmm"])
 
 
 def test_upcycling_and_merging_at_once_gives_the_dense_model_back(

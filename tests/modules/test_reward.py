@@ -17,14 +17,18 @@ from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.load import LoraSettings
 from tpmm_pl.models.reward import PretrainedReward, RewardScorer
-from tpmm_pl.modules.pair_validation import pair_metrics, update_pair_metrics
+from tpmm_pl.modules.pair_validation import (
+    pair_metrics,
+    refuse_not_finite,
+    update_pair_metrics,
+)
 from tpmm_pl.modules.reward import (
     RewardModule,
     generator_of,
     reward_metrics,
 )
 from tpmm_pl.moe.routing import MoESettings
-from tpmm_pl.types import InputError, Pair, Rewards
+from tpmm_pl.types import InputError, Pair, Rewards, RunError
 
 SGD = partial(torch.optim.SGD, lr=0.5)
 MOE = MoESettings(experts=4, active=3)
@@ -172,11 +176,11 @@ def test_the_last_routings_are_there_to_look_at(folder: str) -> None:
         assert not any(value.requires_grad for value in routing)
 
 
-def test_rewards_that_are_no_numbers_name_the_step(tmp_path: Path) -> None:
+def test_a_model_whose_rewards_are_no_numbers_is_refused(tmp_path: Path) -> None:
     model = tiny_reward_model()
     model.score.weight.data.fill_(float("nan"))
     export_model(model, tiny_tokenizer(), None, tmp_path / "rm")
-    with pytest.raises(InputError, match="rewards at step 0 are not finite; at step 0 the model's"):
+    with pytest.raises(InputError, match="rewards of the untrained model are not finite"):
         fit(RewardModule(PretrainedReward(str(tmp_path / "rm")), SGD))
 
 
@@ -275,3 +279,9 @@ def test_a_setting_that_is_wrong_is_refused_at_once(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         RewardModule(PretrainedReward("owner/name"), SGD, **settings)
+
+
+def test_rewards_that_stop_being_numbers_end_the_run_at_their_step() -> None:
+    bad = Rewards(torch.tensor([1.0, torch.nan]), torch.zeros(2))
+    with pytest.raises(RunError, match="rewards at step 7 are not finite; lower the learning rate"):
+        refuse_not_finite(bad, 7)

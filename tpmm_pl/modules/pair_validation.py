@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import BinaryCalibrationError
 
 from tpmm_pl.models.reward import RewardScorer
-from tpmm_pl.types import InputError, PairBatch, Rewards
+from tpmm_pl.types import InputError, PairBatch, Rewards, RunError
 
 
 class PairValidation:
@@ -74,10 +74,17 @@ def refuse_not_finite(rewards: Rewards, step: int) -> None:
     """Check that all rewards are numbers.
 
     Raises:
-        InputError: If one is NaN or infinite; the step is named.
+        InputError: If one is NaN or infinite before the first step: the model is at fault.
+        RunError: If one is so later: the training is.
     """
-    if not bool(torch.stack(rewards).isfinite().all()):
+    if bool(torch.stack(rewards).isfinite().all()):
+        return
+    if step == 0:
         raise InputError(
-            f"rewards at step {step} are not finite; at step 0 the model's weights are broken or"
-            " overflow in float16 (use float32 or bfloat16), later the learning rate is too high"
+            "rewards of the untrained model are not finite: its weights are broken, or overflow in "
+            "float16; check the model, or use float32 or bfloat16"
         )
+    raise RunError(
+        f"rewards at step {step} are not finite; lower the learning rate, or set "
+        "trainer.gradient_clip_val"
+    )
