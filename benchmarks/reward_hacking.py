@@ -7,7 +7,7 @@ each: pairwise accuracy against the gold rule, gold score of the best of n answe
 start, and gold score of a policy optimised against it (iterative DPO without a fixed reference,
 which goes far; nothing but the reward model labels its pairs). Runs are processes of one thread,
 as many at a time as there are cores; what is complete is not run again. ``--biases`` gives the
-annotators, one a family of tasks in turn. ``--quick`` takes two seeds, few pairs and three rounds.
+annotators, one a family of tasks in turn. ``--quick`` takes one seed, few pairs and three rounds.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="folder for reward_hacking.md and .png")
     options = parser.parse_args()
-    seeds = range(2 if options.quick else options.seeds)
+    seeds = range(1 if options.quick else options.seeds)
     roots = {seed: options.out / f"seed_{seed}" for seed in seeds}
     torch.set_num_threads(1)
     answers = sampled(32 if options.quick else 256)

@@ -35,6 +35,7 @@ def load(name: str) -> Any:
 
 
 quickstart, fusion = load("quickstart"), load("fusion")
+moe, hacking = load("moe"), load("reward_hacking")
 
 
 def test_stage_seconds_sum_over_records_and_leave_evaluation_out() -> None:
@@ -133,10 +134,54 @@ def _batch(model: torch.nn.Module) -> PairBatch:
     return collate(pairs, 0)._replace(reference=shifted)
 
 
+def test_operations_of_a_mixture_are_those_of_its_active_experts() -> None:
+    # 3 of 5 experts a token: the router's own product is 4 of 384 columns
+    shape = moe.Shape(hidden=32, layers=1, heads=2, kv_heads=2, ffn=64, vocabulary=40)
+    dense, mixture = moe.random_reward_model(shape), moe.upcycled(shape)
+    call, others = moe.layer_variants(dense, mixture, 512, shape.hidden)
+    (layer,) = others.values()
+    router = 2 * 512 * 32 * 4
+    assert moe.operations(layer) == 3 * moe.operations(call) + router
+
+
+def test_a_consolidated_model_costs_what_the_dense_one_does() -> None:
+    shape = moe.Shape(hidden=32, layers=2, heads=2, kv_heads=2, ffn=64, vocabulary=40)
+    dense, mixture = moe.random_reward_model(shape), moe.upcycled(shape)
+    call, others = moe.model_variants(dense, mixture, moe.consolidated(mixture), 512, 40)
+    assert moe.operations(others["model, merged"]) == moe.operations(call)
+
+
+def test_a_step_of_reward_training_needs_the_ones_before() -> None:
+    made: set[str] = set()
+    for wave in hacking.trainings(0.0):
+        assert all(one.start is None or one.start in made for one in wave)
+        made |= {one.arm for one in wave}
+    used = {
+        Path(s["name_or_path"]).parts[1]
+        for _, s in hacking.judge_settings(Path("r")).values()
+        if "name_or_path" in s
+    }
+    assert used - {"merge_uniform"} <= made
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    found = {
+        "dense": [{"best_of/4": 0.5}, {"best_of/4": 0.7}],
+        "merge": [{"best_of/4": 0.6}, {"best_of/4": 0.9}],
+    }
+    # differences 0.1 and 0.2: mean 0.15, standard error 0.05
+    assert "| merge | +0.150 (3.0) |" in hacking.differences(found, "dense")
+    assert "| merge | 0.750 +- 0.212 |" in hacking.table(found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "ratio"),
-    [("quickstart", "rounds_learned_over_last"), ("fusion", "fusion_over_plain_k8")],
+    [
+        ("quickstart", "rounds_learned_over_last"),
+        ("fusion", "fusion_over_plain_k8"),
+        ("moe", "layer_mixture_seconds_512"),
+    ],
 )
 def test_the_quick_form_writes_ratios_and_settings(script: str, ratio: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"

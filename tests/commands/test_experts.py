@@ -144,6 +144,17 @@ def test_learning_needs_pairs(
     assert "--coefficients learned needs pairs to look at; give --pairs FILE" in sentence
 
 
+def test_experts_whose_scores_are_no_numbers_are_refused(
+    experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = load_reward_model(str(experts))
+    model.get_parameter("score.weight").data[0, 0] = torch.nan
+    save_moe(model, tokenizer, tmp_path / "broken")
+    sentence = refused(capsys, "consolidate", tmp_path / "broken", "--out", tmp_path / "out")
+    assert "scores are not finite; check the experts" in sentence
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_in_use_is_kept_unless_asked(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,23 +17,13 @@ from tpmm_pl.data.rewards import read_reward_pairs
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.models.load import load_reward_model
 from tpmm_pl.models.moe_checkpoint import is_moe_folder
+from tpmm_pl.models.plain import plain_scores
 from tpmm_pl.models.reward import RewardScorer, export_reward_model
 from tpmm_pl.modules.consolidation import ExpertFusion, Start, mean_gates
 from tpmm_pl.types import InputError, Pair, PairBatch, RunError
 
 TOLERANCE = 1e-5
 """Largest relative difference allowed to the scores of plain transformers, in float32."""
-
-# plain transformers in a process of its own: nothing of this package can help it
-_PLAIN = """
-import json, sys, torch
-from transformers import AutoModelForSequenceClassification as Auto
-asked = json.load(sys.stdin)
-model = Auto.from_pretrained(asked["folder"], dtype=getattr(torch, asked["dtype"])).eval()
-with torch.no_grad():
-    ids, mask = torch.tensor(asked["ids"]), torch.tensor(asked["mask"])
-    print(json.dumps(model(input_ids=ids, attention_mask=mask).logits.float().flatten().tolist()))
-"""
 
 
 def consolidate_model(
@@ -110,11 +97,10 @@ def consolidate_model(
         found |= _learned(fusion, fabric, loader, batches)
     if known:
         found["accuracy_dense"] = accuracy(model, batches)
-    export_reward_model(model, tokenizer, out)
-    found["max_difference"] = plain_difference(model.cpu(), tokenizer, known, out, dtype)
+    found["max_difference"] = written_and_read(model.cpu(), tokenizer, known, out, dtype)
     found["rows"] = fusion.coefficients().tolist()
     report(_sentences(found, fusion), found, json=json)
-    if dtype == "float32" and found["max_difference"] > TOLERANCE:
+    if dtype == "float32" and not found["max_difference"] <= TOLERANCE:
         raise RunError(
             f"plain transformers scores {out} otherwise by {found['max_difference']:.1e}; "
             "please report the model's architecture"
@@ -141,38 +127,48 @@ def accuracy(model: torch.nn.Module, batches: Sequence[PairBatch]) -> float:
     return float(torch.cat([r.chosen > r.rejected for r in rewards]).float().mean())
 
 
-def plain_difference(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[Pair],
-    out: Path,
-    dtype: str,
-) -> float:
-    """Return the largest difference, relative above 1, to plain transformers in a new process.
+def probe_rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask of padded rows to score, ``(N, T)`` int64 each.
 
     Args:
-        model: What was written, on the CPU.
-        tokenizer: Its tokenizer.
-        pairs: The first are scored; without pairs rows of the vocabulary's tokens are.
-        out: The folder.
-        dtype: To load it in.
+        tokenizer: The reward model's.
+        pairs: The first are taken; without pairs, rows of the vocabulary's tokens.
     """
     rows = [pair.prompt_ids + pair.chosen_ids for pair in pairs[:8]]
     if not rows:
         usable = sorted(set(range(min(len(tokenizer), 512))) - set(tokenizer.all_special_ids))
         rows = [tuple(usable[length : 3 * length]) for length in (2, 5, 9)]
     ids, mask, _ = pad_rows([((), row) for row in rows], int(tokenizer.pad_token_id))
-    with torch.no_grad():
-        ours = RewardScorer(model).rows(ids, mask)
-    asked = {"folder": str(out), "dtype": dtype, "ids": ids.tolist(), "mask": mask.tolist()}
-    done = subprocess.run(
-        [sys.executable, "-c", _PLAIN], input=json_format.dumps(asked), text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:]
-        raise RunError(f"plain transformers cannot load {out}: {' '.join(last)}")
-    theirs = torch.tensor(json_format.loads(done.stdout.strip().splitlines()[-1]))
+    return ids, mask
+
+
+@torch.no_grad()
+def written_and_read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    out: Path,
+    dtype: str,
+) -> float:
+    """Write a dense model; return its largest difference, relative above 1, to what is read back.
+
+    Args:
+        model: To write, on the CPU.
+        tokenizer: Its tokenizer.
+        pairs: To compare on.
+        out: The folder.
+        dtype: Of the weights.
+
+    Raises:
+        InputError: If the model's scores are not finite; nothing is written then.
+        RunError: If plain transformers cannot read the folder.
+    """
+    ids, mask = probe_rows(tokenizer, pairs)
+    ours = RewardScorer(model).rows(ids, mask)
+    if not ours.isfinite().all():
+        raise InputError("the consolidated model's scores are not finite; check the experts")
+    export_reward_model(model, tokenizer, out)
+    theirs = plain_scores(out, ids, mask, dtype=dtype)
     # relative above 1: float32 has seven digits
     return float(((ours - theirs) / ours.abs().clamp(min=1)).abs().max())
 

@@ -65,7 +65,7 @@ class LettersRewardData(LightningDataModule):
     def __init__(
         self,
         batch_size: int = 64,
-        pairs: int = 16384,
+        pairs: int = 8192,
         split: Literal["train", "fuse"] = "train",
         annotator: Judge | None = None,
         noise: LabelNoise | None = None,
