@@ -15,6 +15,11 @@ from transformers import AutoModelForSequenceClassification
 
 from tpmm_pl.callbacks import FitCheckpoint
 from tpmm_pl.cli import main
+from tpmm_pl.data.pairs import read_pairs
+from tpmm_pl.judges import RewardModelJudge
+from tpmm_pl.toy.letters import EOS, TOKEN_IDS
+from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.types import Completion, Prompt
 
 Run = Callable[..., int]
 
@@ -106,3 +111,33 @@ def test_a_reward_model_that_is_not_there_is_told(
 ) -> None:
     assert moe(tpmm, tmp_path / "nowhere" / "at" / "all", tmp_path / "moe") == 2
     assert "no model folder" in capsys.readouterr().err
+
+
+def test_a_trained_reward_model_labels_the_pairs_of_iterative_dpo(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = "configs/overlays/quickstart_reward.yaml"
+    small = [
+        "--model.policy.hidden", "16", "--model.policy.layers", "2", "--model.policy.ffn", "32",
+        "--model.policy.steps", "3", "--model.policy.cache_dir", str(tmp_path / "sft"),
+        "--model.rounds", "1", "--data.prompts_per_round", "8", "--data.start_fuse_prompts", "8",
+        "--data.fuse_prompts_per_round", "8", "--data.evaluation_prompts", "8",
+        "--data.batch_size", "8", "--reference.strategy", "last",
+        "--reference.ship_steps", "0",
+    ]  # fmt: skip
+    judges = ["--pairs.annotator.name_or_path", str(dense)]
+    judges += ["--evaluation.proxy.name_or_path", str(dense)]
+    root = ["--trainer.default_root_dir", str(tmp_path / "loop")]
+    flags = ["--config", "configs/quickstart.yaml", "--config", overlay, *small, *judges, *root]
+    monkeypatch.setattr(sys, "argv", ["tpmm", "fit", *flags])
+    main()
+    store = TrajectoryStore(tmp_path / "loop" / "trajectory")
+    pairs = read_pairs(store.path(str(store.record(0).pairs)))
+    judge = RewardModelJudge(str(dense), device="cpu")
+    for pair in pairs:
+        prompt = Prompt(pair.prompt_id, pair.prompt, pair.prompt_ids)
+        ended = pair.chosen_ids[-1] == TOKEN_IDS[EOS]
+        (score,) = judge([Completion(prompt, 0, pair.chosen_ids, pair.chosen, ended, 0.0)])
+        assert score == pytest.approx(pair.score_chosen, abs=1e-5)
+        assert pair.score_chosen > pair.score_rejected
+    assert store.record(1).metrics["proxy/in_domain"] != store.record(1).metrics["gold/in_domain"]
