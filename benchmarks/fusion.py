@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
+from page import PeakOfMemory, markdown, write_section
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -257,32 +257,6 @@ def exact_gradient(
     return (dots - dots.mean()) / count
 
 
-def private_bytes(status: str) -> int:
-    """Read the anonymous resident memory from the text of ``/proc/self/status``."""
-    line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
-
-
-class PeakOfMemory:
-    """Samples private memory from a thread every 2 ms while the block runs."""
-
-    def __enter__(self) -> PeakOfMemory:
-        self.peak = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        status = Path("/proc/self/status")
-        while not self._done.wait(0.002):
-            self.peak = max(self.peak, private_bytes(status.read_text(encoding="ascii")))
-
-
 def peak_in_this_process(way: str, count: int, root: Path, shape: Shape) -> int:
     """Take four steps on one pair, so that weights outweigh activations; return the peak."""
     model = random_llama(shape)
@@ -301,22 +275,6 @@ def peak_in_fresh_process(way: str, count: int, root: Path, quick: bool) -> int:
     command += ["--quick"] if quick else []
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a file."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{path} has no section {begin} ... {end}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def measure_times(options: argparse.Namespace, root: Path) -> tuple[str, dict[str, float]]:

@@ -16,14 +16,14 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from page import PeakOfMemory, markdown, write_section
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -179,33 +179,16 @@ def measure_times(options: argparse.Namespace, shape: Shape) -> tuple[str, dict[
     return text, ratios
 
 
-def private_bytes() -> int:
-    """Return the anonymous resident memory of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-
-
 def peak_of_upcycling(shape: Shape) -> tuple[int, int]:
-    """Return the peak while a dense model is upcycled, beyond what it found, and the result's size.
+    """Return the peak of upcycling beyond what was there before, and the size of the mixture.
 
     The dense model itself counts; the interpreter and its libraries do not.
     """
-    found = private_bytes()
-    model = random_reward_model(shape)
-    peak, done = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, private_bytes())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    upcycle(model, SETTINGS, generator=torch.Generator().manual_seed(0))
-    peak = max(peak, private_bytes())
-    done.set()
-    sampler.join()
-    return peak - found, sum(p.numel() * p.element_size() for p in model.parameters())
+    with PeakOfMemory() as memory:
+        model = random_reward_model(shape)
+        upcycle(model, SETTINGS, generator=torch.Generator().manual_seed(0))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return memory.peak - memory.start, size
 
 
 def measure_memory(options: argparse.Namespace, shape: Shape) -> tuple[str, dict[str, float]]:
@@ -225,12 +208,6 @@ def measure_memory(options: argparse.Namespace, shape: Shape) -> tuple[str, dict
     return text, {"upcycling_peak_over_mixture": peak / size}
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _millions(model: nn.Module) -> int:
     return round(sum(p.numel() for p in model.parameters()) / 1e6)
 
@@ -243,6 +220,7 @@ def main() -> None:
     parser.add_argument("--peaks", type=int, help="processes a peak; 3 or, if quick, 1")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="a file with sections moe_memory, moe_times")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if any(tokens < ROW or tokens % ROW for tokens in options.tokens):
@@ -255,10 +233,12 @@ def main() -> None:
         print(*peak_of_upcycling(shape))
         return
     ratios: dict[str, float] = {}
-    for part in (measure_memory, measure_times):
+    for name, part in (("moe_memory", measure_memory), ("moe_times", measure_times)):
         text, of_part = part(options, shape)
         ratios |= of_part
         print(text, end="\n\n", flush=True)
+        if options.write:
+            write_section(options.write, name, text)
     if options.json:
         settings = {"quick": options.quick, "rounds": options.rounds, "peaks": options.peaks}
         settings |= {"tokens": options.tokens, "model": asdict(shape), "moe": asdict(SETTINGS)}

@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from page import write_section
+
 from tpmm_pl.trajectory import Record, TrajectoryStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,16 +104,6 @@ def table(runs: Mapping[str, list[dict[str, float]]], ratios: Mapping[str, float
     lines += ["", "| ratio | value |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in ratios.items()]
     return "\n".join(lines)
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Put ``text`` between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a file."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{path} has no section {begin} ... {end}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _mean(runs: list[dict[str, float]]) -> dict[str, float]:
