@@ -44,6 +44,7 @@ class ExpertUsage(Callback):
             )
         self.every_n_steps = every_n_steps
         self.dead_after = dead_after
+        self._last_step = 0
         self._steps = 0
         self._counts: dict[str, Tensor] = {}
         self._warned: set[tuple[str, int]] = set()
@@ -54,25 +55,24 @@ class ExpertUsage(Callback):
         if not isinstance(pl_module, HasRoutings):
             raise InputError(f"{type(pl_module).__name__} has no attribute `routings` to log")
         routings = pl_module.routings
+        self._count(routings)
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if not stepped:
+            return  # gradients are being accumulated
         if trainer.global_step % self.every_n_steps == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(usage_metrics(routings), step=trainer.global_step)
-        for layer, expert in self.dead_experts(routings):
+        for layer, expert in self.dead_experts():
             warnings.warn(
                 f"expert {expert} of {layer} got no token in {self.dead_after} steps; raise the "
                 "module's `balance`, or use fewer experts",
                 stacklevel=2,
             )
 
-    def dead_experts(self, routings: Mapping[str, Routing]) -> list[tuple[str, int]]:
-        """Count a step in; return the (layer, routed expert) found dead, each once.
-
-        Args:
-            routings: What the layers did with the tokens of the step, by layer.
-        """
+    def dead_experts(self) -> list[tuple[str, int]]:
+        """End a step; return the (layer, routed expert) found dead in its window, each once."""
         self._steps += 1
-        for layer, routing in routings.items():
-            self._counts[layer] = self._counts.get(layer, 0) + routing.counts.detach()
         if self._steps < self.dead_after:
             return []
         found = [
@@ -84,6 +84,10 @@ class ExpertUsage(Callback):
         self._warned |= set(new)
         self._steps, self._counts = 0, {}
         return new
+
+    def _count(self, routings: Mapping[str, Routing]) -> None:
+        for layer, routing in routings.items():
+            self._counts[layer] = self._counts.get(layer, 0) + routing.counts.detach()
 
 
 def usage_metrics(routings: Mapping[str, Routing]) -> dict[str, float]:

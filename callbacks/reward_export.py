@@ -11,20 +11,20 @@ from tpmm_pl.types import InputError
 
 
 class RewardExport(Callback):
-    """Writes ``export/reward`` at the end of training.
+    """Writes ``export/reward`` at the end of a fit, also of one that had nothing left to train.
 
     A dense model, also one trained by adapters, is a folder for any tool that loads sequence
     classification; a mixture of experts is a folder for ``tpmm consolidate`` and our loaders.
     """
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         reward = getattr(pl_module, "reward", None)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if reward is None or tokenizer is None:
             raise InputError(
-                f"RewardExport needs a module with `reward` and data with `tokenizer`, not "
-                f"{type(pl_module).__name__}"
+                "RewardExport needs a module with `reward` and a data module with `tokenizer`, not "
+                f"{type(pl_module).__name__} and {type(trainer.datamodule).__name__}"  # type: ignore[attr-defined]
             )
         export_reward_model(reward, tokenizer, Path(trainer.default_root_dir) / "export" / "reward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification
 
-from tpmm_pl.callbacks import FitCheckpoint
+from tpmm_pl.callbacks import FitCheckpoint, RewardExport
 from tpmm_pl.cli import main
 from tpmm_pl.data.pairs import read_pairs
 from tpmm_pl.judges import RewardModelJudge
+from tpmm_pl.models.load import load_reward_model
+from tpmm_pl.moe.convert import consolidate, moe_layers
 from tpmm_pl.toy.letters import EOS, TOKEN_IDS
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import Completion, Prompt
@@ -78,6 +81,12 @@ def test_dense_to_experts_to_dense(
     printed = capsys.readouterr().out
     assert "epoch  step   accuracy" in printed
     merged = tmp_path / "merged" / "export" / "reward"
+    recipe = json.loads((tmp_path / "merged" / "recipe.json").read_text())
+    by_hand, _ = load_reward_model(str(experts))
+    consolidate(by_hand, torch.tensor(recipe["coefficients"]))
+    written = AutoModelForSequenceClassification.from_pretrained(merged)
+    for file, tensor in by_hand.state_dict().items():
+        torch.testing.assert_close(written.state_dict()[file], tensor, atol=1e-6, rtol=0)
     before = AutoModelForSequenceClassification.from_pretrained(dense).state_dict()
     after = AutoModelForSequenceClassification.from_pretrained(merged).state_dict()
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
@@ -104,6 +113,27 @@ def test_experts_stopped_in_an_epoch_end_at_the_same_weights(
     for file in sorted((tmp_path / "whole" / "export" / "reward").glob("*.safetensors")):
         whole, cut = load_file(file), load_file(tmp_path / "cut" / "export" / "reward" / file.name)
         assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+def test_a_run_that_ended_before_its_export_makes_it_on_the_resume(
+    tpmm: Run, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RewardExport, *_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RewardExport, "on_fit_end", full)
+        assert moe(tpmm, dense, tmp_path / "moe") == 1
+    assert moe(tpmm, dense, tmp_path / "moe", "--ckpt_path", "last") == 0
+    assert (tmp_path / "moe" / "export" / "reward" / "moe.json").is_file()
+
+
+def test_experts_train_in_bfloat16_with_their_router_in_float32(
+    tpmm: Run, dense: Path, tmp_path: Path
+) -> None:
+    assert moe(tpmm, dense, tmp_path / "moe", "--trainer.precision", "bf16-true") == 0
+    model, _ = load_reward_model(str(tmp_path / "moe" / "export" / "reward"))
+    assert all(layer.router.weight.dtype == torch.float32 for layer in moe_layers(model).values())
 
 
 def test_a_reward_model_that_is_not_there_is_told(

@@ -56,6 +56,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             path.rename(replaced)
         beside.rename(path)
         _sync_folder(path.parent)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

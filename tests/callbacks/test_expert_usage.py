@@ -36,20 +36,25 @@ def test_load_is_a_share_and_its_variation_is_0_when_even() -> None:
     assert skewed["experts/01/load_cv"] == pytest.approx(0.5)
 
 
+def dead(usage: ExpertUsage, counts: list[int]) -> list[tuple[str, int]]:
+    usage._count({"a": routing(counts)})
+    return usage.dead_experts()
+
+
 def test_an_expert_is_dead_only_after_a_whole_window_without_tokens() -> None:
     usage = ExpertUsage(dead_after=3)
-    assert usage.dead_experts({"a": routing([5, 0])}) == []
-    assert usage.dead_experts({"a": routing([5, 1])}) == []
-    assert usage.dead_experts({"a": routing([5, 0])}) == []  # one token in the window
+    assert dead(usage, [5, 0]) == []
+    assert dead(usage, [5, 1]) == []
+    assert dead(usage, [5, 0]) == []  # one token in the window
     for _ in range(2):
-        assert usage.dead_experts({"a": routing([5, 0])}) == []
-    assert usage.dead_experts({"a": routing([5, 0])}) == [("a", 1)]
+        assert dead(usage, [5, 0]) == []
+    assert dead(usage, [5, 0]) == [("a", 1)]
 
 
 def test_a_dead_expert_is_told_once() -> None:
     usage = ExpertUsage(dead_after=1)
-    assert usage.dead_experts({"a": routing([0, 1])}) == [("a", 0)]
-    assert usage.dead_experts({"a": routing([0, 1])}) == []
+    assert dead(usage, [0, 1]) == [("a", 0)]
+    assert dead(usage, [0, 1]) == []
 
 
 class Recorder:
@@ -70,6 +75,14 @@ def test_entries_come_every_n_steps() -> None:
     for number in (1, 2, 3, 4):
         step(usage, SimpleNamespace(routings={"a": routing([1, 1])}), recorder, number)
     assert [number for number, _ in recorder.entries] == [2, 4]
+
+
+def test_batches_whose_gradients_are_accumulated_are_one_step() -> None:
+    usage, recorder = ExpertUsage(every_n_steps=1, dead_after=1), Recorder()
+    for number, counts in ((0, [1, 0]), (1, [0, 1]), (1, [1, 0]), (2, [0, 1])):
+        # no warning: each expert has a token in every step
+        step(usage, SimpleNamespace(routings={"a": routing(counts)}), recorder, number)
+    assert [number for number, _ in recorder.entries] == [1, 2]
 
 
 def test_a_dead_expert_is_a_warning_with_a_way_out() -> None:

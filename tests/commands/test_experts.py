@@ -13,9 +13,12 @@ from transformers import AutoModelForSequenceClassification, OPTConfig, OPTForSe
 
 from tests.models.tiny import EOS, PAD, tiny_reward_model, tiny_tokenizer
 from tpmm_pl.cli import main
+from tpmm_pl.data.batching import collate
+from tpmm_pl.data.rewards import read_reward_pairs
 from tpmm_pl.models.load import load_reward_model
 from tpmm_pl.models.moe_checkpoint import save_moe
-from tpmm_pl.moe.convert import moe_layers
+from tpmm_pl.modules.consolidation import mean_gates
+from tpmm_pl.moe.convert import consolidate, moe_layers, shared_coefficients
 
 FEW = ["--experts", "4", "--active", "3"]
 
@@ -66,6 +69,15 @@ def run(*arguments: object) -> int:
         return 0
 
 
+def assert_merged(experts: Path, rows: list[list[float]], out: Path) -> None:
+    """What was written is the merge of the experts by the coefficients that were told."""
+    model, _ = load_reward_model(str(experts))
+    consolidate(model, torch.tensor(rows))
+    found = AutoModelForSequenceClassification.from_pretrained(out).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert run(*arguments) == 2
     return capsys.readouterr().err.strip()
@@ -98,18 +110,22 @@ def test_coefficients_are_learned_where_there_are_pairs(
     assert printed["max_difference"] <= 1e-5
     assert [row[0] for row in printed["rows"]] == pytest.approx([0.5, 0.5])
     assert [sum(row) for row in printed["rows"]] == pytest.approx([1.0, 1.0])
+    assert_merged(experts, printed["rows"], out)
 
 
 def test_gates_measured_on_pairs_are_coefficients_without_learning(
     experts: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "merged"
-    flags = ["--coefficients", "routing", "--shared-coefficient", "0.25"]
+    flags = ["--coefficients", "routing", "--shared-coefficient", "0.25", "--json"]
     assert run("consolidate", experts, "--out", out, "--pairs", pairs, *flags) == 0
-    printed = capsys.readouterr().out
-    assert "coefficients (routing), the shared expert's first" in printed
-    assert "layer  0: 0.250 " in printed
-    assert "plain transformers scores it within" in printed
+    printed = json.loads(capsys.readouterr().out)
+    model, tokenizer = load_reward_model(str(experts))
+    batch = collate(read_reward_pairs(pairs, tokenizer, max_length=64), PAD)
+    expected = shared_coefficients(mean_gates(model, [batch]).float(), 1, 0.25)
+    torch.testing.assert_close(torch.tensor(printed["rows"]), expected, atol=1e-5, rtol=0)
+    assert (expected[:, 1:] - 0.25).abs().max() > 1e-3
+    assert_merged(experts, printed["rows"], out)
 
 
 def test_more_active_experts_than_there_are_is_refused(
@@ -190,6 +206,27 @@ def test_a_model_with_inline_layers_is_refused_by_its_modules(
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_below_one_and_places_that_cannot_be_written_are_refused(
+    experts: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["consolidate", experts, "--pairs", pairs, "--out"]
+    sentence = refused(capsys, *given, tmp_path / "out", "--batch_size", "0")
+    assert "--steps 50 and --batch_size 0 must be at least 1" in sentence
+    sentence = refused(capsys, *given, tmp_path / "out", "--max_length", "1")
+    assert "leaves no pair at --max_length 1; give others" in sentence
+    assert "cannot be made" in refused(capsys, *given, pairs / "out")
+    assert "cannot be made" in refused(capsys, *given, pairs, "--overwrite")
+
+
+def test_coefficients_that_change_nothing_are_told_to_say_little(
+    dense: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("upcycle", dense, "--out", tmp_path / "copies", *FEW) == 0
+    given = ["--pairs", pairs, "--out", tmp_path / "out"]
+    assert run("consolidate", tmp_path / "copies", *given) == 0
+    assert "the loss hardly fell; these coefficients say little" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -212,7 +249,9 @@ def test_pairs_that_cannot_be_used_are_told_by_their_line(
 
 
 @pytest.mark.parametrize("command", ["upcycle", "consolidate"])
-def test_help_says_what_every_option_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_options_and_what_they_do(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(command, "--help") == 0
     printed = capsys.readouterr().out
     assert "--out" in printed

@@ -217,12 +217,21 @@ def test_real_pairs_in_a_real_template_are_what_the_template_writes() -> None:
         assert text == pair.prompt + pair.chosen + "<|im_end|>"
 
 
-@pytest.mark.parametrize("row", [plain(), chat()])
-def test_a_reward_model_is_trained_on_the_tokens_that_it_judges_by(row: RawPair) -> None:
-    tokenizer = tiny_tokenizer(template=not isinstance(row.prompt, str))
+@pytest.mark.parametrize(("row", "template"), [(plain(), False), (plain(), True), (chat(), True)])
+def test_a_reward_model_is_trained_on_the_tokens_that_it_judges_by(
+    row: RawPair, template: bool
+) -> None:
+    tokenizer = tiny_tokenizer(template=template)
     (pair,), _ = tokenize_pairs([row], tokenizer, max_length=50, whole_turns=True)
     answer = row.chosen if isinstance(row.chosen, str) else row.chosen[-1]["content"]
-    messages = None if isinstance(row.prompt, str) else row.prompt
-    prompt = Prompt("p", pair.prompt, pair.prompt_ids, messages)
+    text, messages = (row.prompt, None) if isinstance(row.prompt, str) else ("", row.prompt)
+    prompt = Prompt("p", text, pair.prompt_ids, messages)
     completion = Completion(prompt, 0, (), answer, finished=True, logps=0.0)
     assert judged_ids(completion, tokenizer) == pair.prompt_ids + pair.chosen_ids
+
+
+def test_without_an_end_token_a_judge_reads_none() -> None:
+    tokenizer = tiny_tokenizer(template=False)
+    tokenizer.eos_token = None
+    completion = Completion(Prompt("p", "w0", (6,)), 0, (), "w1", finished=True, logps=0.0)
+    assert judged_ids(completion, tokenizer) == (6, 7)

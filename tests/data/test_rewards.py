@@ -45,7 +45,7 @@ class Seen(Callback):
 @pytest.fixture(scope="module")
 def module(tmp_path_factory: pytest.TempPathFactory) -> RewardModule:
     folder = tmp_path_factory.mktemp("rm") / "rm"
-    export_model(tiny_reward_model(), tiny_tokenizer(), None, folder)
+    export_model(tiny_reward_model(), tiny_tokenizer(template=False), None, folder)
     return RewardModule(PretrainedReward(str(folder)), partial(torch.optim.SGD, lr=0.1))
 
 
@@ -177,7 +177,7 @@ def test_a_file_is_read_for_a_tokenizer_with_half_the_length_for_the_prompt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "d.jsonl", row(0, prompt="w0 w1 w2 w3", chosen="w4 w5 w6"))
-    (pair,) = read_reward_pairs(path, tiny_tokenizer(), max_length=4)
+    (pair,) = read_reward_pairs(path, tiny_tokenizer(template=False), max_length=4)
     assert pair.prompt_ids == (8, 9)
     assert pair.chosen_ids == (10, 11)
     assert pair.rejected_ids == (8, EOS)

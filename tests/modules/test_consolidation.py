@@ -13,10 +13,10 @@ from tpmm_pl.data.batching import collate
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
-from tpmm_pl.modules.consolidation import ExpertFusion, mean_gates
+from tpmm_pl.modules.consolidation import ExpertFusion, mean_gates, ranking
 from tpmm_pl.moe.convert import consolidate, moe_layers, upcycle
 from tpmm_pl.moe.routing import MoESettings
-from tpmm_pl.types import InputError, Pair, PairBatch
+from tpmm_pl.types import InputError, Pair, PairBatch, Rewards
 
 # a training step outside of a fit has nobody to log to
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
@@ -158,6 +158,13 @@ def test_a_collapse_names_the_expert() -> None:
     fusion = ExpertFusion().bind_experts(specialised())
     fusion.weights.data = torch.tensor([[0.0, 9.0, 0.0], [0.0, 9.0, 0.0]])
     assert "collapsed to the expert 2" in str(fusion.warning())
+
+
+def test_a_margin_of_a_pair_counts_as_in_training() -> None:
+    batch = collate(pairs(1, 2), PAD)._replace(margin=torch.tensor([0.0, 2.0]))
+    rewards = Rewards(torch.tensor([1.0, 3.0]), torch.zeros(2))
+    # log(1 + exp(-1)) both times
+    torch.testing.assert_close(ranking(rewards, batch, 1.0), torch.full((2,), 0.3132617))
 
 
 def test_a_dense_model_has_nothing_to_consolidate() -> None:

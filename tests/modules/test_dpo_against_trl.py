@@ -15,8 +15,6 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from tests.callbacks.recorder import Recorder
 from tests.models.tiny import PAD, WORDS, tiny_llama, tiny_tokenizer
@@ -26,6 +24,10 @@ from tpmm_pl.data.formats import RawPair
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.modules.dpo import DPOModule
 from tpmm_pl.types import Pair
+
+pytest.importorskip("trl")
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 STEPS, BATCH, BETA, RATE = 20, 4, 0.5, 2e-3
 

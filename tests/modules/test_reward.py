@@ -27,7 +27,7 @@ from tpmm_pl.modules.reward import (
     generator_of,
     reward_metrics,
 )
-from tpmm_pl.moe.routing import MoESettings
+from tpmm_pl.moe.routing import MoESettings, balance_loss
 from tpmm_pl.types import InputError, Pair, Rewards, RunError
 
 SGD = partial(torch.optim.SGD, lr=0.5)
@@ -162,6 +162,10 @@ def test_experts_add_their_balance_to_what_is_minimised(folder: str) -> None:
     assert balance > 0
     assert without.metrics[0]["balance_loss"] == pytest.approx(balance, abs=1e-6)
     assert within.losses[0] == pytest.approx(without.losses[0] + 0.5 * balance, abs=1e-6)
+    # of all layers together
+    layers = [float(balance_loss(routing)) for routing in module.routings.values()]
+    assert len(layers) == 2
+    assert sum(layers) == pytest.approx(within.metrics[-1]["balance_loss"], abs=1e-6)
     assert within.metrics[0]["loss"] == pytest.approx(within.losses[0], abs=1e-6)
 
 
@@ -204,6 +208,10 @@ class TestHeldOutPairs:
         found = self.counted([log(3)] * 4)
         expected = {"accuracy": 1.0, "margin": log(3), "calibration_error": 0.25}
         assert found == pytest.approx(expected, abs=1e-6)
+
+    def test_timid_probabilities_that_are_always_right_err_too(self) -> None:
+        # sigmoid(0.05) = 0.5125, right every time
+        assert self.counted([0.05] * 4)["calibration_error"] == pytest.approx(0.4875, abs=1e-4)
 
     def test_every_domain_is_logged_by_its_name(self, folder: str) -> None:
         module = RewardModule(PretrainedReward(folder), partial(torch.optim.SGD, lr=0.0))

@@ -13,8 +13,6 @@ from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
 
 from tests.models.tiny import PAD, WORDS, tiny_reward_model, tiny_tokenizer
 from tpmm_pl.data.batching import PairLoader
@@ -22,6 +20,10 @@ from tpmm_pl.data.chat import tokenize_pairs
 from tpmm_pl.data.formats import RawPair
 from tpmm_pl.modules.reward import RewardModule
 from tpmm_pl.types import Pair
+
+pytest.importorskip("trl")
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 STEPS, BATCH, RATE = 20, 4, 2e-3
 NAMES = ("loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")

@@ -259,3 +259,11 @@ def test_router_stays_in_float32_when_the_model_is_cast() -> None:
     assert layer.experts["up"].weight.dtype == torch.bfloat16
     assert torch.equal(layer.router.weight, weight)
     assert scores(model).dtype == torch.bfloat16
+
+
+def test_the_expected_load_leaves_padding_out() -> None:
+    gates = gate(torch.randn(5, 3, generator=seeded(0)), 2)
+    load = torch.rand(5, 3, generator=seeded(1))
+    attended = torch.tensor([True, False, True, True, False])
+    found = summarise(gates, load, attended, MoESettings(experts=4, active=3))
+    torch.testing.assert_close(found.load, load[attended].sum(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; choose another --out, or replace it with --overwrite")
+    first = next(folder for folder in out.absolute().parents if folder.exists())
+    if out.is_file() or not first.is_dir() or not os.access(first, os.W_OK):
+        raise InputError(
+            f"{out} cannot be made: {first} is no folder to write into, or a file is there"
+        )
 
 
 def report(sentences: str, found: dict[str, Any], *, json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -44,8 +45,8 @@ def tokenize_pairs(
         tokenizer: The policy's; with a chat template for conversations.
         max_length: Tokens of prompt and completion together.
         max_prompt_length: Tokens of the prompt; ``None``: up to ``max_length``.
-        whole_turns: Keep what a template writes behind the answer, often a newline: a policy
-            stops before it, a reward model reads the conversation as the template writes it.
+        whole_turns: As :func:`judged_ids` reads: plain texts are turns where there is a template,
+            and what it writes behind an answer, often a newline, is kept.
 
     Returns:
         The pairs that are left, and counts of what was cut off or dropped, by reason.
@@ -56,7 +57,8 @@ def tokenize_pairs(
     """
     budget = max_length if max_prompt_length is None else min(max_prompt_length, max_length)
     pairs, counts = [], Counter[str]()
-    for row in rows:
+    for given in rows:
+        row = _as_turns(given) if whole_turns and tokenizer.chat_template else given
         text, ids = _prompt(row, tokenizer)
         chosen, rejected = (
             _answer(row, text, ids, answer, tokenizer, whole_turns)
@@ -123,7 +125,18 @@ def judged_ids(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Id
         return _encode(_render((*messages, answer), tokenizer, prompt.prompt_id), tokenizer)
     _, ids = _prompt(RawPrompt(prompt.text), tokenizer)
     own = _encode(completion.text, tokenizer)
-    return (*ids, *(_ended(own, tokenizer) if completion.finished else own))
+    ends = completion.finished and tokenizer.eos_token_id is not None
+    return (*ids, *(_ended(own, tokenizer) if ends else own))
+
+
+def _as_turns(row: RawPair) -> RawPair:
+    if not isinstance(row.prompt, str):
+        return row
+    asked: Message = {"role": "user", "content": row.prompt}
+    chosen, rejected = (
+        ({"role": "assistant", "content": str(answer)},) for answer in (row.chosen, row.rejected)
+    )
+    return replace(row, prompt=(asked,), chosen=chosen, rejected=rejected)
 
 
 def _prompt(row: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Ids]:

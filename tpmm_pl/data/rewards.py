@@ -94,6 +94,10 @@ class RewardData(LightningDataModule):
             )
             for domain, unseen in evaluated.items()
         }
+        for domain, pairs in self._eval_pairs.items():
+            if not pairs:
+                path = self.evaluation.get(domain, self.train)
+                raise InputError(f"{path} leaves no pair to evaluate on ({domain}); give others")
         if len(self._train_pairs) < self.batch_size:
             raise InputError(
                 f"{self.train} leaves {len(self._train_pairs)} training pairs, fewer than a batch"

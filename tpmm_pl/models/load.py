@@ -188,6 +188,9 @@ def load_reward_model(
     else:
         model = _classifier(name_or_path, source | {"dtype": _dtype(dtype)}, fresh_head)
     tokenizer = _loading(name_or_path, lambda: AutoTokenizer.from_pretrained(**source))
+    if tokenizer.eos_token is None:
+        # encoders close a text with this one
+        tokenizer.eos_token = tokenizer.sep_token
     _ensure_padding(tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -17,7 +17,8 @@ class PairValidation:
     """The validation hooks of a LightningModule whose ``reward`` scores pairs.
 
     Logs ``eval/<name>/<domain>`` of ``accuracy``, ``margin`` and ``calibration_error``; the domains
-    are those of the data's ``domains``, one a validation loader.
+    are those of the data's ``domains``, one a validation loader; without any ``in_domain``,
+    ``out_of_domain``, ``2``, ``3``, ...
     """
 
     reward: nn.Module
@@ -44,7 +45,8 @@ class PairValidation:
 
     def _domains(self) -> list[str]:
         named = list(getattr(getattr(self.trainer, "datamodule", None), "domains", ()))
-        return named or ["in_domain", "out_of_domain"]
+        loaders = len(self.trainer.num_val_batches)
+        return named or ["in_domain", "out_of_domain", *map(str, range(2, loaders))][:loaders]
 
 
 def pair_metrics(device: torch.device) -> dict[str, Metric]:
@@ -56,7 +58,8 @@ def pair_metrics(device: torch.device) -> dict[str, Metric]:
     metrics = {
         "accuracy": MeanMetric(),
         "margin": MeanMetric(),
-        "calibration_error": BinaryCalibrationError(),
+        # an even number of bins: in one around 0.5 the two sides of a pair would cancel
+        "calibration_error": BinaryCalibrationError(n_bins=20),
     }
     return {name: metric.to(device) for name, metric in metrics.items()}
 

@@ -147,8 +147,8 @@ def _in_block(name: str, block: nn.Module) -> dict[str, FeedForward]:
         stacked = [n for n, p in module.named_parameters(recurse=False) if p.ndim > 2]
         if stacked and not isinstance(module, _ConvNd):
             raise InputError(
-                f"the model is a mixture of experts already ({name}.{path}.{stacked[0]} stacks "
-                "several); upcycling starts from a dense model"
+                f"{name}.{path}.{stacked[0]} stacks several matrices, as a mixture of experts "
+                "does; upcycling starts from a dense model"
             )
     found = [
         (path, feed_forward)

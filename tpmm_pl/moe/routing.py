@@ -178,12 +178,16 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         shape = settings.normal, width
-        drawn = torch.randn(shape, generator=generator, device=generator.device)
+        # float32 also where a trainer has set another default dtype
+        drawn = torch.randn(
+            shape, generator=generator, device=generator.device, dtype=torch.float32
+        )
         self.settings = settings
         self.weight = nn.Parameter((INITIAL_SPREAD * drawn).to(device))
         self.noise_weight: nn.Parameter | None = None
         if settings.noise:
-            self.noise_weight = nn.Parameter(torch.zeros(shape, device=device))
+            zeros = torch.zeros(shape, device=device, dtype=torch.float32)
+            self.noise_weight = nn.Parameter(zeros)
         self.recording: _Recording | None = None
 
     def forward(self, x: Tensor) -> Gates:
