@@ -207,6 +207,8 @@ def results(root: Path, arm: str) -> dict[str, float]:
         golds = [r.metrics["gold/in_domain"] for r in rounds]
         found |= {"gold/start": golds[0], "gold/best": max(golds), "gold/last": golds[-1]}
         found["gold/mean"] = statistics.mean(golds[1:])
+        proxies = [r.metrics["proxy/in_domain"] for r in rounds]
+        found["proxy/gain"] = proxies[-1] - proxies[0]
         found["kl/last"] = rounds[-1].metrics["kl/policy_sft/in_domain"]
     return found
 
@@ -219,6 +221,7 @@ COLUMNS = {
     "gold/best": "policy: best round",
     "gold/mean": "policy: mean of rounds",
     "gold/last": "policy: last round",
+    "proxy/gain": "policy: gain of its own reward",
     "kl/last": "policy: last KL, nats",
 }
 
@@ -264,32 +267,34 @@ def paired(values: list[float]) -> str:
 
 
 def draw(found: dict[str, list[dict[str, float]]], out: Path) -> None:
-    """Draw gold scores of best-of-n and of policies against the square root of KL."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    """Draw gold of best-of-n, and gold and proxy of policies, against the square root of KL."""
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
-    best, policy = figure.subplots(1, 2)
+    best, gold, proxy = figure.subplots(1, 3)
     for number, (arm, seeds) in enumerate(found.items()):
-        style = {"color": f"C{number % 10}", "marker": "o", "markersize": 3, "label": arm}
-        style["linestyle"] = "-" if arm.startswith(("dense", "merge", "experts")) else ":"
+        dotted = arm.startswith("ensemble")
+        style = {"color": f"C{number % 10}", "linestyle": ":" if dotted else "-", "label": arm}
+        style |= {"marker": "o", "markersize": 3}
         distances = [best_of_n_kl(n) ** 0.5 for n in NS]
-        means = [statistics.mean(one[f"best_of/{n}"] for one in seeds) for n in NS]
-        best.plot(distances, means, **style)
+        best.plot(distances, [_mean(seeds, f"best_of/{n}") for n in NS], **style)
         rounds = [n for n in range(100) if f"gold/in_domain/{n}" in seeds[0]]
-        kl = [
-            statistics.mean(max(one[f"kl/policy_sft/in_domain/{n}"], 0) ** 0.5 for one in seeds)
-            for n in rounds
-        ]
-        means = [statistics.mean(one[f"gold/in_domain/{n}"] for one in seeds) for n in rounds]
-        policy.plot(kl, means, **style)
-    best.set_title("best of n")
-    policy.set_title("policy, a point a round")
+        kl = [max(_mean(seeds, f"kl/policy_sft/in_domain/{n}"), 0) ** 0.5 for n in rounds]
+        gold.plot(kl, [_mean(seeds, f"gold/in_domain/{n}") for n in rounds], **style)
+        gains = [_mean(seeds, f"proxy/in_domain/{n}") for n in rounds]
+        proxy.plot(kl, [gain - gains[0] for gain in gains], **style)
+    best.set(title="best of n", ylabel="gold score, in domain")
+    gold.set(title="policy, a point a round", ylabel="gold score, in domain")
+    proxy.set(title="policy, a point a round", ylabel="gain of the reward it is trained on")
     best.legend(frameon=False, fontsize="x-small")
-    for axes in (best, policy):
+    for axes in (best, gold, proxy):
         axes.set_xlabel("square root of KL to the start, nats")
-        axes.set_ylabel("gold score, in domain")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=130)
+
+
+def _mean(seeds: list[dict[str, float]], name: str) -> float:
+    return statistics.mean(one[name] for one in seeds)
 
 
 def main() -> None:
