@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -114,7 +115,7 @@ class PretrainedPolicy:
             # an adapter's folder names its base model by this: the hub's id, not a cache's path
             model.config._name_or_path = self.name_or_path
         if self.lora is not None:
-            model = _with_adapters(model, self.lora)
+            model = with_adapters(model, self.lora, task_type="CAUSAL_LM")
         model.train()
         return model
 
@@ -319,15 +320,23 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         vars(model).pop(name, None)
 
 
-def _with_adapters(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
-    from peft import LoraConfig, get_peft_model
+def with_adapters(
+    model: PreTrainedModel, lora: LoraSettings, *, task_type: str, trained: Sequence[str] = ()
+) -> PreTrainedModel:
+    """Return a PeftModel with fresh adapters, which forwards to the model it wraps.
 
+    Args:
+        model: Its weights are frozen.
+        lora: Rank, scale and layers.
+        task_type: As peft names it.
+        trained: Modules that train, and are saved, whole.
+    """
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         target_modules=lora.target_modules,
         lora_dropout=lora.dropout,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
+        modules_to_save=list(trained) or None,
     )
-    # a PeftModel forwards to the model it wraps
     return cast(PreTrainedModel, get_peft_model(model, config))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from tpmm_pl.models.load import (
     PretrainedPolicy,
     load_reward_model,
     switch_off_dropout,
+    with_adapters,
 )
 from tpmm_pl.models.moe_checkpoint import save_moe
 from tpmm_pl.models.padding import separate_padding, use_padding
@@ -157,7 +158,8 @@ class PretrainedReward:
             use_padding(model, int(self.load_tokenizer().pad_token_id))
             switch_off_dropout(model)
             if self.lora is not None:
-                model = _with_adapters(model, self.lora)
+                heads = list(_heads(model))
+                model = with_adapters(model, self.lora, task_type="SEQ_CLS", trained=heads)
         if self.moe is not None:
             upcycle(model, self.moe, generator=torch.Generator().manual_seed(self.seed))
         model.train()
@@ -215,19 +217,6 @@ def export_reward_model(
         # of a copy: merged and unmerged again, the live weights would keep the rounding
         model = cast(PreTrainedModel, deepcopy(model).merge_and_unload())
     export_model(model, tokenizer, None, out)
-
-
-def _with_adapters(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        lora_dropout=lora.dropout,
-        task_type="SEQ_CLS",
-        modules_to_save=list(_heads(model)),
-    )
-    # a PeftModel forwards to the model it wraps
-    return cast(PreTrainedModel, get_peft_model(model, config))
 
 
 def _heads(model: nn.Module) -> dict[str, nn.Module]:
