@@ -339,7 +339,7 @@ def main() -> None:
     if options.write and not options.no_policies:
         draw(found, options.write / "reward_hacking.png")
         command = f"python {' '.join(sys.argv)}"
-        page = f"# Reward hacking on the letters task\n\n    {command}\n\n{text}\n"
+        page = f"# Reward hacking on the letters task\n\n    {command}\n\n{text}\n\n![gold and reward](reward_hacking.png)\n"
         (options.write / "reward_hacking.md").write_text(page)
 
 
