@@ -339,7 +339,9 @@ def main() -> None:
     if options.write and not options.no_policies:
         draw(found, options.write / "reward_hacking.png")
         command = f"python {' '.join(sys.argv)}"
-        page = f"# Reward hacking on the letters task\n\n    {command}\n\n{text}\n\n![gold and reward](reward_hacking.png)\n"
+        parts = ["# Reward hacking on the letters task", f"    {command}", text]
+        parts.append("![gold and reward](reward_hacking.png)")
+        page = "\n\n".join(parts) + "\n"
         (options.write / "reward_hacking.md").write_text(page)
 
 
