@@ -21,10 +21,72 @@ from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import InputError, Pair
 
 
-class RewardData(LightningDataModule):
-    """Preference pairs from files, shuffled anew every epoch, and held-out ones by domain.
+class RewardPairs(LightningDataModule):
+    """Training pairs in an order of each epoch's own, and held-out pairs by domain.
 
-    The tokenizer is the reward model's. ``trainer.reload_dataloaders_every_n_epochs`` must be 1.
+    A ``setup`` fills ``train_pairs`` and ``eval_pairs``. The tokenizer is the reward model's.
+    ``trainer.reload_dataloaders_every_n_epochs`` must be 1.
+
+    Args:
+        batch_size: Pairs an optimizer step and device.
+
+    Raises:
+        InputError: If ``batch_size`` is less than 1.
+    """
+
+    train_pairs: Sequence[Pair]
+    eval_pairs: Mapping[str, Sequence[Pair]]
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        self.batch_size = batch_size
+        self.tokenizer: Any = None
+
+    @property
+    def domains(self) -> list[str]:
+        """Return the names of the domains in the order of the validation loaders."""
+        return list(self.eval_pairs)
+
+    def prepare_data(self) -> None:
+        """Make or fetch the model, in one process."""
+        self._source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Load the reward model's tokenizer."""
+        self.tokenizer = self._source.load_tokenizer()
+
+    def train_dataloader(self) -> DataLoader[Pair]:
+        """Return the batches of the current epoch."""
+        trainer = self._trainer
+        return PairLoader(
+            self.train_pairs,
+            batch_size=self.batch_size,
+            pad_id=self.tokenizer.pad_token_id,
+            seed=run_seed(),
+            epoch=trainer.current_epoch,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Pair]]:
+        """Return the held-out pairs in order, one loader a domain."""
+        return evaluation_loaders(self.eval_pairs, pad_id=self.tokenizer.pad_token_id)
+
+    @property
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer")
+        return self.trainer
+
+    @property
+    def _source(self) -> Any:
+        return self._trainer.lightning_module.reward_source
+
+
+class RewardData(RewardPairs):
+    """Preference pairs from files, shuffled anew every epoch, and held-out ones by domain.
 
     Args:
         train: JSONL (also ``.gz``) or JSON of pairs, plain or conversational; a row may have a
@@ -37,9 +99,6 @@ class RewardData(LightningDataModule):
         max_prompt_length: Tokens of the prompt, whose beginning is cut; half of ``max_length``
             by default, so that room for completions is left.
         max_eval_pairs: At most so many pairs a domain.
-
-    Raises:
-        InputError: If ``batch_size`` is less than 1.
     """
 
     def __init__(
@@ -52,26 +111,13 @@ class RewardData(LightningDataModule):
         max_prompt_length: int | None = None,
         max_eval_pairs: int = 512,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        super().__init__(batch_size)
         self.train = Path(train)
         self.evaluation = evaluation or {}
         self.eval_fraction = eval_fraction
-        self.batch_size = batch_size
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.max_eval_pairs = max_eval_pairs
-        self.tokenizer: Any = None
-
-    @property
-    def domains(self) -> list[str]:
-        """Return the names of the domains in the order of the validation loaders."""
-        return list(self._eval_pairs)
-
-    def prepare_data(self) -> None:
-        """Fetch the model, in one process."""
-        self._source.prepare()
 
     def setup(self, stage: str) -> None:
         """Read, split and tokenise the files; report what was dropped.
@@ -79,7 +125,7 @@ class RewardData(LightningDataModule):
         Raises:
             InputError: If a file is at fault, a prompt is on both sides, or too few pairs are left.
         """
-        self.tokenizer = self._source.load_tokenizer()
+        super().setup(stage)
         rows = _read(self.train)
         evaluated = {domain: _read(Path(path)) for domain, path in self.evaluation.items()}
         if not self.evaluation:
@@ -87,51 +133,22 @@ class RewardData(LightningDataModule):
             evaluated = {"in_domain": held_out} if held_out else {}
         for unseen in evaluated.values():
             refuse_shared_prompts(rows, unseen)
-        self._train_pairs = self._tokenize(rows, self.train)
-        self._eval_pairs = {
+        self.train_pairs = self._tokenize(rows, self.train)
+        self.eval_pairs = {
             domain: self._tokenize(
                 unseen[: self.max_eval_pairs], self.evaluation.get(domain, self.train)
             )
             for domain, unseen in evaluated.items()
         }
-        for domain, pairs in self._eval_pairs.items():
+        for domain, pairs in self.eval_pairs.items():
             if not pairs:
                 path = self.evaluation.get(domain, self.train)
                 raise InputError(f"{path} leaves no pair to evaluate on ({domain}); give others")
-        if len(self._train_pairs) < self.batch_size:
+        if len(self.train_pairs) < self.batch_size:
             raise InputError(
-                f"{self.train} leaves {len(self._train_pairs)} training pairs, fewer than a batch"
+                f"{self.train} leaves {len(self.train_pairs)} training pairs, fewer than a batch"
                 f" of {self.batch_size}; give more pairs or a smaller data.batch_size"
             )
-
-    def train_dataloader(self) -> DataLoader[Pair]:
-        """Return the batches of the current epoch."""
-        trainer = self._trainer
-        return PairLoader(
-            self._train_pairs,
-            batch_size=self.batch_size,
-            pad_id=self.tokenizer.pad_token_id,
-            seed=run_seed(),
-            epoch=trainer.current_epoch,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-
-    def val_dataloader(self) -> list[DataLoader[Pair]]:
-        """Return the held-out pairs in order, one loader a domain."""
-        return evaluation_loaders(
-            self._eval_pairs, pad_id=self.tokenizer.pad_token_id, batch_size=self.batch_size
-        )
-
-    @property
-    def _trainer(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer")
-        return self.trainer
-
-    @property
-    def _source(self) -> Any:
-        return self._trainer.lightning_module.reward_source
 
     def _tokenize(self, rows: list[RawPair], path: Path) -> list[Pair]:
         return _tokenize(rows, path, self.tokenizer, self.max_length, self.max_prompt_length)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
-from tpmm_pl.data.batching import PairLoader
-from tpmm_pl.data.rewards import evaluation_loaders
+from tpmm_pl.data.rewards import RewardPairs
 from tpmm_pl.models.reward import PretrainedReward
 from tpmm_pl.moe.routing import MoESettings
 from tpmm_pl.pairing import LabelNoise, pair_completions
@@ -21,7 +17,6 @@ from tpmm_pl.toy.judges import LettersGold, LettersProxy
 from tpmm_pl.toy.letters import EOS, TOKEN_IDS, Domain, Split, demonstration
 from tpmm_pl.toy.prompts import random_problem_of
 from tpmm_pl.toy.start import LettersPolicy
-from tpmm_pl.toy.tokenizer import letters_tokenizer
 from tpmm_pl.types import Completion, Judge, Pair, Prompt
 
 _DOMAINS: tuple[Domain, Domain] = ("in_domain", "out_of_domain")
@@ -47,7 +42,7 @@ class LettersReward(PretrainedReward):
         self.policy.prepare()
 
 
-class LettersRewardData(LightningDataModule):
+class LettersRewardData(RewardPairs):
     """Pairs of imperfect answers, labelled by annotators that err; nothing is downloaded.
 
     Training and held-out pairs have disjoint prompts, and neither has the evaluation's. The
@@ -71,58 +66,25 @@ class LettersRewardData(LightningDataModule):
         noise: LabelNoise | None = None,
         evaluation_pairs: int = 1024,
     ) -> None:
-        super().__init__()
-        self.batch_size = batch_size
+        super().__init__(batch_size)
         self.pairs = pairs
         self.split: Split = split
         self.annotator = annotator or LettersProxy()
         self.noise = noise or LabelNoise(temperature=0.1, flip=0.2)
         self.evaluation_pairs = evaluation_pairs
-        self.tokenizer: Any = letters_tokenizer()
-        self.domains = _DOMAINS
-
-    def prepare_data(self) -> None:
-        """Train the supervised start, in one process."""
-        self._module.reward_source.prepare()
 
     def setup(self, stage: str) -> None:
         """Draw the pairs."""
+        super().setup(stage)
         self.train_pairs = answer_pairs(
             f"{run_seed()}/reward", "in_domain", self.split, self.pairs, self.annotator, self.noise
         )
-        self.eval_pairs: Mapping[str, list[Pair]] = {
+        self.eval_pairs = {
             domain: answer_pairs(
                 "reward", domain, "eval", self.evaluation_pairs, LettersGold(), LabelNoise()
             )
             for domain in _DOMAINS
         }
-
-    def train_dataloader(self) -> DataLoader[Pair]:
-        """Return the batches of the current epoch."""
-        trainer = self._trainer
-        return PairLoader(
-            self.train_pairs,
-            batch_size=self.batch_size,
-            pad_id=self.tokenizer.pad_token_id,
-            seed=run_seed(),
-            epoch=trainer.current_epoch,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-
-    def val_dataloader(self) -> list[DataLoader[Pair]]:
-        """Return the evaluation's batches in and out of domain."""
-        return evaluation_loaders(self.eval_pairs, pad_id=self.tokenizer.pad_token_id)
-
-    @property
-    def _trainer(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError("LettersRewardData is not attached to a Trainer")
-        return self.trainer
-
-    @property
-    def _module(self) -> Any:
-        return self._trainer.lightning_module
 
 
 def answer_pairs(
