@@ -326,7 +326,9 @@ def test_coefficients_of_another_shape_and_dense_models_are_refused() -> None:
         consolidate(model, torch.full((1, 4), 0.25))
     dense = reward_model("llama")
     for call in (expert_sources, expert_groups, lambda m: consolidate(m, torch.ones(2, 4))):
-        with pytest.raises(InputError, match="no mixture-of-experts layers"):
+        with pytest.raises(
+            InputError, match="no experts to consolidate; make some by `tpmm upcycle`"
+        ):
             call(dense)
 
 

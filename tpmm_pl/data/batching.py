@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import IGNORE_INDEX, InputError, Pair, PairBatch, PairLogps
 
 
@@ -183,6 +184,28 @@ class PairLoader(DataLoader[Pair]):
                     f" {state[name]}, now it is {here}; resume with the same data and settings"
                 )
         self._batches.skip(state["yielded"])
+
+
+def epoch_loader(
+    pairs: Sequence[Pair], trainer: Any, *, batch_size: int, pad_id: int
+) -> PairLoader:
+    """Return the loader of a trainer's current epoch, for this process.
+
+    Args:
+        pairs: What is trained on.
+        trainer: Knows the epoch and the processes.
+        batch_size: Pairs a batch and rank.
+        pad_id: Token id written on padding.
+    """
+    return PairLoader(
+        pairs,
+        batch_size=batch_size,
+        pad_id=pad_id,
+        seed=run_seed(),
+        epoch=trainer.current_epoch,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
 
 
 class _Batches(Sampler[list[int]]):

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
-from tpmm_pl.data.batching import PairLoader, fuse_loader
+from tpmm_pl.data.batching import epoch_loader, fuse_loader
 from tpmm_pl.data.chat import tokenize_pairs, tokenize_prompts
 from tpmm_pl.data.formats import RawPair, read_preferences, read_prompts
 from tpmm_pl.data.pairs import read_fuse_pool, read_pairs
@@ -58,14 +58,11 @@ class RunData(LightningDataModule):
         pairs = store.record(index - 1).pairs
         if pairs is None:
             raise InputError(f"{store.root} has no pairs for round {index}; add a pairs callback")
-        return PairLoader(
+        return epoch_loader(
             read_pairs(store.path(pairs)),
+            trainer,
             batch_size=self.batch_size,
             pad_id=self.tokenizer.pad_token_id,
-            seed=run_seed(),
-            epoch=trainer.current_epoch,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
         )
 
     def eval_prompts(self) -> Mapping[str, list[Prompt]]:

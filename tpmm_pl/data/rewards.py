@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tpmm_pl.data.batching import PairLoader, collate
+from tpmm_pl.data.batching import collate, epoch_loader
 from tpmm_pl.data.chat import tokenize_pairs
 from tpmm_pl.data.formats import RawPair, read_preferences
 from tpmm_pl.data.splits import refuse_shared_prompts, split_by_prompt
@@ -59,15 +59,11 @@ class RewardPairs(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Pair]:
         """Return the batches of the current epoch."""
-        trainer = self._trainer
-        return PairLoader(
+        return epoch_loader(
             self.train_pairs,
+            self._trainer,
             batch_size=self.batch_size,
             pad_id=self.tokenizer.pad_token_id,
-            seed=run_seed(),
-            epoch=trainer.current_epoch,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
         )
 
     def val_dataloader(self) -> list[DataLoader[Pair]]:

@@ -18,10 +18,10 @@ from tpmm_pl.moe.convert import (
     consolidate,
     expert_groups,
     expert_sources,
-    moe_layers,
+    mixture_layers,
     shared_coefficients,
 )
-from tpmm_pl.moe.routing import MoESettings, recorded_routing
+from tpmm_pl.moe.routing import recorded_routing
 from tpmm_pl.streaming import StreamedMerge
 from tpmm_pl.types import InputError, PairBatch, Recipe, Rewards
 
@@ -81,8 +81,8 @@ class ExpertFusion(PairValidation, FusionWeights):
         Raises:
             InputError: If the model has no experts.
         """
-        settings = expert_settings(model)
-        layers = tuple(moe_layers(model))
+        found = mixture_layers(model)
+        layers, settings = tuple(found), next(iter(found.values())).settings
         sources, group_of = expert_sources(model), expert_groups(model)
         self.constraint = partial(
             _shared_softmax, shared=settings.shared, shared_coefficient=self.shared_coefficient
@@ -147,7 +147,7 @@ def mean_gates(model: nn.Module, batches: Iterable[PairBatch]) -> Tensor:
     Raises:
         InputError: If the model has no experts.
     """
-    settings = expert_settings(model)
+    settings = next(iter(mixture_layers(model).values())).settings
     scorer, training = RewardScorer(model), model.training
     device = next(model.parameters()).device
     model.eval()
@@ -162,20 +162,6 @@ def mean_gates(model: nn.Module, batches: Iterable[PairBatch]) -> Tensor:
     if total is None:
         raise InputError("there are no pairs to measure the gates on; give more")
     return (total / total.sum(-1, keepdim=True)).cpu()
-
-
-def expert_settings(model: nn.Module) -> MoESettings:
-    """Return how the experts of a model are laid out.
-
-    Raises:
-        InputError: If it has none.
-    """
-    layers = list(moe_layers(model).values())
-    if not layers:
-        raise InputError(
-            f"{type(model).__name__} has no experts to consolidate; make some by `tpmm upcycle`"
-        )
-    return layers[0].settings
 
 
 def _shared_softmax(weights: Tensor, *, shared: int, shared_coefficient: float) -> Tensor:

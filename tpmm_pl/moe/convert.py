@@ -84,7 +84,7 @@ def consolidate(model: nn.Module, coefficients: Tensor) -> None:
         InputError: If the model is no mixture.
         ValueError: If the coefficients have another shape.
     """
-    layers = _layers_of(model)
+    layers = mixture_layers(model)
     shape = len(layers), next(iter(layers.values())).settings.experts
     if coefficients.shape != shape:
         raise ValueError(f"coefficients are {tuple(coefficients.shape)}, the model needs {shape}")
@@ -133,7 +133,7 @@ def expert_groups(model: nn.Module) -> dict[str, int]:
 
 def _stacked_by_dense_name(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     found = {}
-    for number, (name, layer) in enumerate(_layers_of(model).items()):
+    for number, (name, layer) in enumerate(mixture_layers(model).items()):
         parent = name.rpartition(".")[0]
         for role, stack in layer.stacks.items():
             for kind, tensor in stack.named_parameters():
@@ -142,11 +142,16 @@ def _stacked_by_dense_name(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
     return found
 
 
-def _layers_of(model: nn.Module) -> dict[str, SparseMoE]:
+def mixture_layers(model: nn.Module) -> dict[str, SparseMoE]:
+    """Return the layers of a model that must have some.
+
+    Raises:
+        InputError: If it is no mixture.
+    """
     layers = moe_layers(model)
     if not layers:
         raise InputError(
-            f"the {type(model).__name__} has no mixture-of-experts layers; upcycle a model first"
+            f"the {type(model).__name__} has no experts to consolidate; make some by `tpmm upcycle`"
         )
     return layers
 
