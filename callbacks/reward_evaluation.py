@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 _COLUMNS = ("accuracy", "margin", "calibration_error")
@@ -15,10 +16,11 @@ class RewardEvaluation(Callback):
     """Prints what a reward model's validation measured: by domain, a row a validation.
 
     It reads ``eval/<metric>/<domain>`` as :class:`tpmm_pl.modules.reward.RewardModule` logs them.
+    ``measured_step`` is the optimizer step of the newest row, -1 before the first.
     """
 
     def __init__(self) -> None:
-        self._header_printed = False
+        self.measured_step = -1
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -26,10 +28,12 @@ class RewardEvaluation(Callback):
         domains = domains_of(measured)
         if not domains or trainer.sanity_checking:
             return
-        if not self._header_printed:
-            self._header_printed = True
+        if self.measured_step < 0:
             print(table_header(domains))
-        print(table_row(trainer.current_epoch + 1, trainer.global_step, measured), flush=True)
+        self.measured_step = trainer.global_step
+        # within a fit the counter is one behind, after it the epoch is counted
+        epoch = trainer.current_epoch + (trainer.state.fn == TrainerFn.FITTING)
+        print(table_row(epoch, trainer.global_step, measured), flush=True)
 
 
 def domains_of(measured: Mapping[str, float]) -> list[str]:

@@ -65,6 +65,15 @@ def moe(tpmm: Run, dense: Path, root: Path, *arguments: object) -> int:
     return tpmm("reward_moe", root, *name, *few, *arguments)
 
 
+def test_a_fit_ended_within_an_epoch_is_measured_at_its_last_step(
+    tpmm: Run, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert moe(tpmm, dense, tmp_path / "moe", "--trainer.max_steps", 4) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:] if line]
+    assert rows == [["1", "4"]]
+
+
 def test_dense_to_experts_to_dense(
     tpmm: Run, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

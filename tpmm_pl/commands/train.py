@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from tpmm_pl.callbacks.reward_evaluation import RewardEvaluation
 from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
 from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
 from tpmm_pl.report.figures import gold_proxy_figure
@@ -71,7 +72,8 @@ class RunCLI(LightningCLI):
         settings.ckpt_path = self._folder.resume_from(settings.ckpt_path)
 
     def after_fit(self) -> None:
-        """Draw the figure of the run and mark it as finished."""
+        """Measure what the last step left, draw the figure of the run, mark it as finished."""
+        self._validate_last_step()
         store = TrajectoryStore(self._folder.root / "trajectory")
         recipe = store.rounds[-1].recipe if store.rounds else None
         if recipe is not None:
@@ -80,6 +82,13 @@ class RunCLI(LightningCLI):
             if gold_proxy_figure(store.rounds, figure, title):
                 print(f"figure: {figure}")
         self._folder.end(self._rounds)
+
+    def _validate_last_step(self) -> None:
+        # a fit that max_steps ends within an epoch has no validation of its own there
+        shown = [c for c in self.trainer.callbacks if isinstance(c, RewardEvaluation)]
+        last = self.trainer.global_step
+        if self.trainer.limit_val_batches and any(c.measured_step < last for c in shown):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
