@@ -28,7 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tpmm_pl.judges import RewardEnsembleJudge, RewardModelJudge
-from tpmm_pl.pairing import LabelNoise
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.stats import best_of_n, best_of_n_kl
 from tpmm_pl.toy.judges import LettersGold
@@ -41,6 +41,20 @@ from tpmm_pl.types import Completion, Judge, Pair, Prompt
 NS = (1, 2, 4, 8, 16, 32, 64)
 DOMAINS = ("in_domain", "out_of_domain")
 MEMBERS = ("dense", "member_1", "member_2", "member_3")
+ARMS = (
+    "dense",
+    "dense_longer",
+    "experts",
+    "experts_unnormalised",
+    "merge_uniform",
+    "merge_unshared",
+    "merge_learned",
+    "ensemble_mean",
+    "ensemble_worst",
+    "ensemble_penalised",
+    "ensemble_weights",
+)
+"""``merge_unshared`` is the plain average of the normal experts; the shared one is left out."""
 QUICK_DATA = ["--data.pairs", "1024", "--data.evaluation_pairs", "128"]
 QUICK_POLICY = ["--model.rounds", "3", "--data.prompts_per_round", "48"]
 
@@ -54,35 +68,44 @@ class Training(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-def trainings(reinitialise: float) -> list[list[Training]]:
-    """Return what is trained, in waves that need those before."""
-    afresh = ("--model.reward.moe.reinitialise", str(reinitialise))
-    unnormalised = ("--model.reward.moe.normalise", "false", *afresh)
+def trainings(options: argparse.Namespace) -> list[list[Training]]:
+    """Return what the chosen arms need trained, in waves that need those before."""
+    afresh = ("--model.reward.moe.reinitialise", str(options.reinitialise))
     members = [
         Training(name, "reward_dense", None, ("--model.reward.seed", str(number)))
         for number, name in enumerate(MEMBERS)
     ]
-    return [
-        members,
-        [
-            Training("dense_longer", "reward_dense", "dense"),
-            Training("experts", "reward_moe", "dense", afresh),
-            Training("experts_unnormalised", "reward_moe", "dense", unnormalised),
-        ],
-        [Training("merge_learned", "reward_consolidate", "experts")],
-    ]
+    second = [
+        Training("dense_longer", "reward_dense", "dense"),
+        Training("experts", "reward_moe", "dense", afresh),
+        Training(
+            "experts_unnormalised", "reward_moe", "dense",
+            ("--model.reward.moe.normalise", "false", *afresh),
+        ),
+    ]  # fmt: skip
+    if options.from_start:
+        settings = {"experts": 8, "active": 6, "reinitialise": options.reinitialise}
+        second[1:] = [
+            Training(
+                arm, "reward_dense", None,
+                ("--model.reward.moe", json.dumps(settings | {"normalise": normalise})),
+            )
+            for arm, normalise in (("experts", True), ("experts_unnormalised", False))
+        ]  # fmt: skip
+    third = [Training("merge_learned", "reward_consolidate", "experts")]
+    needed = set(options.arms) | {"dense", "experts"}
+    if any(arm.startswith("ensemble") for arm in options.arms):
+        needed |= set(MEMBERS)
+    return [[one for one in wave if one.arm in needed] for wave in (members, second, third)]
 
 
 def judge_settings(root: Path) -> dict[str, tuple[str, dict[str, object]]]:
     """Return class and settings of every arm's judge, as a config has them."""
-    single = (
-        "dense", "dense_longer", "experts", "experts_unnormalised", "merge_uniform",
-        "merge_learned",
-    )  # fmt: skip
     members = [str(folder(root, name)) for name in MEMBERS]
     found: dict[str, tuple[str, dict[str, object]]] = {
         arm: ("RewardModelJudge", {"name_or_path": str(folder(root, arm)), "batch_size": 512})
-        for arm in single
+        for arm in ARMS
+        if not arm.startswith("ensemble")
     }
     for combine in ("mean", "worst", "penalised", "weights"):
         settings = {"names_or_paths": members, "combine": combine, "batch_size": 512}
@@ -124,16 +147,25 @@ def train(root: Path, seed: int, one: Training, options: argparse.Namespace) -> 
         "init_args": {"bias": options.biases},
     }
     arguments += ["--data.annotator", json.dumps(biases), *one.flags]
+    if one.config != "reward_consolidate":
+        arguments += [
+            "--data.pairs",
+            str(options.pairs),
+            "--trainer.max_epochs",
+            str(options.epochs),
+        ]
     arguments += QUICK_DATA if options.quick else []
     tpmm(arguments, out / "output.txt")
 
 
 def merge_uniformly(root: Path) -> None:
     """Consolidate the experts by plain averages, unless it is done."""
-    out = folder(root, "merge_uniform")
-    if not out.exists():
-        arguments = ["consolidate", str(folder(root, "experts")), "--out", str(out)]
-        tpmm(arguments, root / "merge_uniform" / "output.txt")
+    for arm, coefficient in (("merge_uniform", "0.5"), ("merge_unshared", "0.0")):
+        out = folder(root, arm)
+        if not out.exists():
+            arguments = ["consolidate", str(folder(root, "experts")), "--out", str(out)]
+            arguments += ["--shared-coefficient", coefficient]
+            tpmm(arguments, root / arm / "output.txt")
 
 
 def optimise(root: Path, seed: int, arm: str, options: argparse.Namespace) -> None:
@@ -172,10 +204,11 @@ def _answer(pair: Pair, text: str, ids: tuple[int, ...]) -> Completion:
     return Completion(Prompt(pair.prompt_id, pair.prompt, pair.prompt_ids), 0, ids, text, True, 0.0)
 
 
-def measure(root: Path, answers: list[Completion], evaluation_pairs: int) -> None:
+def measure(root: Path, arms: list[str], answers: list[Completion], evaluation_pairs: int) -> None:
     """Write accuracy and best-of-n of every arm, unless it is there."""
     gold = torch.tensor(LettersGold()(answers)).view(-1, max(NS))
-    for arm, (name, settings) in judge_settings(root).items():
+    for arm in arms:
+        name, settings = judge_settings(root)[arm]
         out = root / "measured" / f"{arm}.json"
         if out.exists():
             continue
@@ -304,32 +337,38 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--biases", type=json.loads, default=[0.3, -0.1, 0.15, 0.0])
     parser.add_argument("--reinitialise", type=float, default=0.0)
+    parser.add_argument("--pairs", type=int, default=8192)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument(
+        "--from-start", action="store_true", help="upcycle the start, not the trained dense model"
+    )
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--no-policies", action="store_true", help="accuracy and best-of-n only")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="folder for reward_hacking.md and .png")
     options = parser.parse_args()
+    if unknown := set(options.arms) - set(ARMS):
+        parser.error(f"unknown arms {sorted(unknown)}; there are {', '.join(ARMS)}")
     seeds = range(1 if options.quick else options.seeds)
     roots = {seed: options.out / f"seed_{seed}" for seed in seeds}
     torch.set_num_threads(1)
     answers = sampled(32 if options.quick else 256)
     with ThreadPoolExecutor(options.jobs) as pool:
-        for wave in trainings(options.reinitialise):
+        for wave in trainings(options):
             jobs = [(roots[seed], seed, one, options) for seed in seeds for one in wave]
             list(pool.map(lambda job: train(*job), jobs))
         list(pool.map(merge_uniformly, roots.values()))
         for root in roots.values():
-            measure(root, answers, 128 if options.quick else 2048)
+            measure(root, options.arms, answers, 128 if options.quick else 2048)
             print(f"{root}: reward models measured", flush=True)
         if not options.no_policies:
-            arms = list(judge_settings(options.out))
-            work = [(roots[seed], seed, arm, options) for seed in seeds for arm in arms]
+            work = [(roots[seed], seed, arm, options) for seed in seeds for arm in options.arms]
             list(pool.map(lambda job: optimise(*job), work))
-    found = {
-        arm: [results(root, arm) for root in roots.values()] for arm in judge_settings(options.out)
-    }
-    text = "\n\n".join([table(found), differences(found, "dense_longer")])
+    found = {arm: [results(root, arm) for root in roots.values()] for arm in options.arms}
+    against = "dense_longer" if "dense_longer" in found else options.arms[0]
+    text = "\n\n".join([table(found), differences(found, against)])
     print(text)
     if options.json:
         means = {arm: statistics.mean(o["best_of/64"] for o in ones) for arm, ones in found.items()}

@@ -4,6 +4,7 @@ if __name__ != "tpmm_pl.callbacks":
     raise ImportError("import tpmm_pl.callbacks; this folder is a part of the package tpmm_pl")
 
 from tpmm_pl.callbacks.expert_usage import ExpertUsage
+from tpmm_pl.callbacks.mixed_pairs import MixedPairs
 from tpmm_pl.callbacks.model_export import ModelExport
 from tpmm_pl.callbacks.offline_pairs import OfflinePairs
 from tpmm_pl.callbacks.on_policy_pairs import OnPolicyPairs
@@ -18,6 +19,7 @@ from tpmm_pl.callbacks.trajectory_snapshot import TrajectorySnapshot
 __all__ = [
     "ExpertUsage",
     "FitCheckpoint",
+    "MixedPairs",
     "ModelExport",
     "OfflinePairs",
     "OnPolicyPairs",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tpmm_pl.callbacks.round_end import RoundContext
 from tpmm_pl.callbacks.round_pairs import RoundPairs
-from tpmm_pl.pairing import LabelNoise, pair_completions
+from tpmm_pl.noise import LabelNoise
+from tpmm_pl.pairing import check_method, pair_completions
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.types import InputError, Judge, OffersPrompts, Pair, Prompt
 
@@ -19,7 +21,9 @@ class OnPolicyPairs(RoundPairs):
 
     Args:
         annotator: Scores completions for labels.
-        method: ``adjacent`` or ``best_worst``.
+        method: Which completions of a prompt meet: ``best_worst``, ``best_random``, ``random``,
+            ``adjacent``, ``all`` or ``margin``; see :func:`tpmm_pl.pairing.check_method`.
+        min_margin: Pairs whose scores differ by less are left out.
         samples: K for training prompts.
         fuse_samples: K for held-out prompts.
         max_new_tokens: Budget of a completion.
@@ -36,6 +40,7 @@ class OnPolicyPairs(RoundPairs):
         self,
         annotator: Judge,
         method: str = "best_worst",
+        min_margin: float = 0.0,
         samples: int = 8,
         fuse_samples: int = 2,
         max_new_tokens: int = 256,
@@ -47,27 +52,30 @@ class OnPolicyPairs(RoundPairs):
         train_on_fuse_pairs: bool = False,
     ) -> None:
         super().__init__(score_batch_size, train_on_fuse_pairs)
+        check_method(method, min_margin)
         if samples < 2 or fuse_samples < 2:
             raise InputError(
                 f"samples {samples} and fuse_samples {fuse_samples} must be at least 2 for a pair"
             )
         self.annotator = annotator
         self.method = method
+        self.min_margin = min_margin
         self.samples = samples
         self.fuse_samples = fuse_samples
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.noise = noise or LabelNoise()
         self.noise_in_rounds = {
-            index: LabelNoise(self.noise.temperature, flip)
-            for index, flip in (flip_in_rounds or {}).items()
+            index: replace(self.noise, flip=flip) for index, flip in (flip_in_rounds or {}).items()
         }
         self.batch_size = batch_size
 
-    def training_pairs(self, context: RoundContext, round_index: int) -> list[Pair]:
-        """Sample, judge and pair completions of a coming round's prompts."""
+    def training_pairs(
+        self, context: RoundContext, round_index: int, at_most: int | None = None
+    ) -> list[Pair]:
+        """Sample, judge and pair completions of a coming round's prompts, the first ``at_most``."""
         noise = self.noise_in_rounds.get(round_index, self.noise)
-        prompts = _data(context).train_prompts(round_index)
+        prompts = _data(context).train_prompts(round_index)[:at_most]
         return self._pairs(context, prompts, self.samples, noise, "pairs")
 
     def held_out_pairs(self, context: RoundContext) -> list[Pair]:
@@ -101,6 +109,7 @@ class OnPolicyPairs(RoundPairs):
             method=self.method,
             noise=noise,
             generator=context.generator(stage),
+            min_margin=self.min_margin,
         )
 
 

@@ -15,6 +15,7 @@ from tpmm_pl.data.pairs import read_fuse_pool
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.files import write_text
 from tpmm_pl.models.scoring import score_completions
+from tpmm_pl.models.stacking import check_mergeable, is_mergeable
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.rounds import check_strategy, entropy, fixed_recipe, one_hot
@@ -84,6 +85,8 @@ class ReferenceMerge(RoundCallback):
     def make_reference(self, context: RoundContext) -> None:
         """Write the recipe of the next round's reference."""
         index = context.round_index
+        if self.strategy not in ("last", "initial") or self.ship != "merge":
+            check_mergeable(context.policy)
         if "learned" in (self.strategy, self.ship):
             _check_held_out(context)
         if self.strategy == "learned":
@@ -151,11 +154,11 @@ class ReferenceMerge(RoundCallback):
         """Write the recipes that may be shipped: the last merge, the average, a learned fit."""
         index = context.round_index
         record = context.store.record(index)
-        recipes = {
-            "merge": record.recipe or one_hot(index),
-            "average": fixed_recipe("uniform", index),
-        }
-        held_out = any(r.fuse for r in context.store.rounds)
+        recipes = {"merge": record.recipe or one_hot(index)}
+        mergeable = is_mergeable(context.policy)
+        if mergeable:
+            recipes["average"] = fixed_recipe("uniform", index)
+        held_out = mergeable and any(r.fuse for r in context.store.rounds)
         if held_out and self.ship_steps and not context.store.trained_on_fuse_pairs:
             recipes["learned"] = self.learn(context, self.ship_steps, "ship")
         context.store.update(index, ship={**recipes, "chosen": recipes[self.ship]})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tpmm_pl.models.card import reward_card
 from tpmm_pl.models.reward import export_reward_model
 from tpmm_pl.types import InputError
 
@@ -14,7 +15,8 @@ class RewardExport(Callback):
     """Writes ``export/reward`` at the end of a fit, also of one that had nothing left to train.
 
     A dense model, also one trained by adapters, is a folder for any tool that loads sequence
-    classification; a mixture of experts is a folder for ``tpmm consolidate`` and our loaders.
+    classification; a mixture of experts is a folder for ``tpmm consolidate`` and our loaders. A
+    model card says what it was trained from and what was measured last.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -27,4 +29,8 @@ class RewardExport(Callback):
                 "RewardExport needs a module with `reward` and a data module with `tokenizer`, not "
                 f"{type(pl_module).__name__} and {type(trainer.datamodule).__name__}"  # type: ignore[attr-defined]
             )
-        export_reward_model(reward, tokenizer, Path(trainer.default_root_dir) / "export" / "reward")
+        source = getattr(pl_module, "reward_source", None)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        card = reward_card({} if source is None else source.describe(), metrics)
+        out = Path(trainer.default_root_dir) / "export" / "reward"
+        export_reward_model(reward, tokenizer, out, card)

@@ -22,7 +22,7 @@ from torch import nn
 from tpmm_pl.fabric import fabric_like
 from tpmm_pl.models.weights import become, materialise
 from tpmm_pl.rounds import RoundSchedule, one_hot, run_seed
-from tpmm_pl.trajectory import TrajectoryStore
+from tpmm_pl.trajectory import GIVEN, TrajectoryStore
 from tpmm_pl.types import HasPolicy, HasReference, InputError, Recipe
 
 STAGES = (
@@ -54,6 +54,8 @@ class RoundContext:
         store: The trajectory on disk.
         round_index: The round just finished; 0 before the first.
         final: Whether no round follows.
+        given_next: Whether the next round is a checkpoint that was given: nothing trains after
+            this one.
         seed: Of everything random in the stages.
         data: Where prompts, pairs and the tokenizer come from.
         receiver: Told the new reference if it is a :class:`tpmm_pl.types.HasReference`.
@@ -67,6 +69,7 @@ class RoundContext:
     store: TrajectoryStore
     round_index: int
     final: bool = False
+    given_next: bool = False
     seed: int = 0
     data: Any = None
     receiver: Any = None
@@ -132,7 +135,10 @@ def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> N
     """
     training = context.policy.training
     context.policy.eval()
-    for name in _due(callbacks, context.store, context.round_index, context.final):
+    left_out = _ONLY_BETWEEN if context.final else _ONLY_LAST
+    if context.given_next:
+        left_out |= _ONLY_BETWEEN
+    for name in _due(callbacks, context.store, context.round_index, left_out):
         if name == "checkpoint":
             _settle(callbacks, context)
         started = time.perf_counter()
@@ -147,10 +153,12 @@ def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> N
 
 
 def _due(
-    callbacks: Sequence[RoundCallback], store: TrajectoryStore, round_index: int, final: bool
+    callbacks: Sequence[RoundCallback],
+    store: TrajectoryStore,
+    round_index: int,
+    left_out: frozenset[str],
 ) -> list[str]:
-    offered = {name for callback in callbacks for name in callback.stages()}
-    wanted = offered - (_ONLY_BETWEEN if final else _ONLY_LAST)
+    wanted = {name for callback in callbacks for name in callback.stages()} - left_out
     complete = set(store.record(round_index).seconds) - _IN_MEMORY
     return [name for name in STAGES if name in wanted - complete]
 
@@ -173,6 +181,7 @@ class RoundCallback(Callback):
     """
 
     def __init__(self) -> None:
+        self.given_rounds = 0
         self.finished_rounds = -1
         self.store: TrajectoryStore | None = None
         self._training_seconds = 0.0
@@ -196,12 +205,15 @@ class RoundCallback(Callback):
             if not store.rounds:
                 raise InputError(f"the checkpoint {trainer.ckpt_path} has no {store.manifest}")
             return
-        if any(record.round > 0 for record in store.rounds):
+        given = max(callback.given_rounds for callback in _round_callbacks(trainer))
+        if any(r.round > given or (r.round > 0 and GIVEN not in r.notes) for r in store.rounds):
             raise InputError(
                 f"{store.root} holds the trajectory of another run; resume that run from its "
                 "checkpoint or choose another folder"
             )
-        self._finish(trainer, pl_module, 0)
+        _begin_after(trainer, pl_module, given)
+        for index in range(given + 1):
+            self._finish(trainer, pl_module, index, given=given)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On a resume, forget what the checkpoint has not reached and finish what it has."""
@@ -232,7 +244,7 @@ class RoundCallback(Callback):
         rounds = _schedule(pl_module).finished(trainer.current_epoch)
         done = trainer.max_epochs is not None and trainer.current_epoch >= trainer.max_epochs
         callbacks = _round_callbacks(trainer)
-        disk_stages = set(_due(callbacks, _store(trainer), rounds, final=True)) - _IN_MEMORY
+        disk_stages = set(_due(callbacks, _store(trainer), rounds, _ONLY_BETWEEN)) - _IN_MEMORY
         if self._leads(trainer) and done and disk_stages:
             self._finish(trainer, pl_module, rounds)
 
@@ -247,7 +259,9 @@ class RoundCallback(Callback):
     def _leads(self, trainer: Trainer) -> bool:
         return self is _round_callbacks(trainer)[0]
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, rounds: int) -> None:
+    def _finish(
+        self, trainer: Trainer, pl_module: LightningModule, rounds: int, given: int = 0
+    ) -> None:
         if not isinstance(pl_module, HasPolicy):
             raise InputError(f"{type(pl_module).__name__} has no attribute `policy` to snapshot")
         last = _schedule(pl_module).finished(trainer.max_epochs or 0)
@@ -261,18 +275,37 @@ class RoundCallback(Callback):
             store=_store(trainer),
             round_index=rounds,
             final=rounds >= last,
+            given_next=rounds < given,
             seed=run_seed(),
             data=trainer.datamodule,  # type: ignore[attr-defined]
             receiver=pl_module,
             fabric=fabric_like(trainer),
             optimizers=trainer.optimizers,
-            trainer=trainer,
+            # nothing is trained yet that a checkpoint could keep
+            trainer=None if rounds <= given else trainer,
             log=log,
         )
+        if 0 < rounds <= given:
+            # the module holds another round's weights
+            context.forget()
         finish_round(_round_callbacks(trainer), context)
         if self._training_seconds:
             context.store.update(rounds, seconds={"train": round(self._training_seconds, 3)})
         self._training_seconds = 0.0
+
+
+def _begin_after(trainer: Trainer, pl_module: LightningModule, given: int) -> None:
+    """Count the epochs of rounds that were given as done, so that training begins after them."""
+    if not given:
+        return
+    epochs = given * _schedule(pl_module).epochs_per_round
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        raise InputError(
+            f"snapshot.start_from gives {given} rounds, so rounds must be at least {given + 1}: it"
+            " counts them too"
+        )
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    progress.ready = progress.started = progress.processed = progress.completed = epochs
 
 
 def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_only
 
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
 from tpmm_pl.data.pairs import read_pairs, write_pairs
+from tpmm_pl.data.table import with_reference
 from tpmm_pl.evaluation import (
     Answers,
     accuracy_metrics,
@@ -18,7 +19,8 @@ from tpmm_pl.evaluation import (
 )
 from tpmm_pl.files import write_text
 from tpmm_pl.models.scoring import score_completions, score_pairs
-from tpmm_pl.pairing import LabelNoise, pair_completions
+from tpmm_pl.noise import LabelNoise
+from tpmm_pl.pairing import pair_completions
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.types import Judge, Pair, PairLogps, Prompt, Recipe
@@ -31,7 +33,8 @@ class RoundEvaluation(RoundCallback):
 
     On the data's evaluation prompts: scores by the judges, win rates against the start and the
     previous policy, KL to the start, length. On its held-out pairs: accuracy of the implicit
-    reward against the start; where the data brings no pairs but a gold judge is given, pairs are
+    reward against the start, also of runs whose loss has no reference, so that runs compare;
+    where the data brings no pairs but a gold judge is given, pairs are
     sampled from the start and labelled without noise. The same noise is used in all rounds, so
     comparisons are paired.
 
@@ -169,9 +172,8 @@ class RoundEvaluation(RoundCallback):
         known = dict(context.data.eval_pairs()) or self._clean_pairs(context)
         for domain, pairs in ((domain, pairs) for domain, pairs in known.items() if pairs):
             logps = self._score(context, pairs)
-            columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
-            scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
-            write_pairs(context.store.folder(0) / f"held_out_{domain}.parquet", scored)
+            path = context.store.folder(0) / f"held_out_{domain}.parquet"
+            write_pairs(path, with_reference(pairs, logps))
 
     def _clean_pairs(self, context: RoundContext) -> dict[str, list[Pair]]:
         if "gold" not in self.judges:
@@ -193,7 +195,7 @@ class RoundEvaluation(RoundCallback):
             )
         return pairs
 
-    def _score(self, context: RoundContext, pairs: list[Pair]) -> PairLogps:
+    def _score(self, context: RoundContext, pairs: Sequence[Pair]) -> PairLogps:
         pad_id = context.data.tokenizer.pad_token_id
         with context.fabric.autocast():
             return score_pairs(context.policy, pairs, pad_id=pad_id, batch_size=self.batch_size)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+
+import numpy as np
 
 from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.data.notices import say
 from tpmm_pl.data.pairs import read_fuse_pool, write_pairs
+from tpmm_pl.data.table import PairTable, as_table, join, with_reference
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.trajectory import CONTROL
@@ -17,6 +20,12 @@ from tpmm_pl.types import Pair, Recipe, RunError
 
 class RoundPairs(RoundCallback):
     """Writes the next round's pairs with their reference log-probabilities, and fuse pairs.
+
+    Where the module says ``needs_reference = False``, as losses without a reference do, the
+    round's pairs are not scored; fuse pairs are, since a learned merge is measured against the
+    start whatever the loss is. Reference log-probabilities that come with the data are those of
+    the starting policy: they are used where it is the reference and all pairs have them, and
+    computed anew under any other reference.
 
     Args:
         score_batch_size: Pairs a batch of the pass without gradients.
@@ -29,13 +38,14 @@ class RoundPairs(RoundCallback):
         super().__init__()
         self.score_batch_size = score_batch_size
         self.train_on_fuse_pairs = train_on_fuse_pairs
+        self._skipping_told = False
 
     @abstractmethod
-    def training_pairs(self, context: RoundContext, round_index: int) -> list[Pair]:
+    def training_pairs(self, context: RoundContext, round_index: int) -> Sequence[Pair]:
         """Return the pairs of a coming round; the module holds the policy that starts it."""
 
     @abstractmethod
-    def held_out_pairs(self, context: RoundContext) -> list[Pair]:
+    def held_out_pairs(self, context: RoundContext) -> Sequence[Pair]:
         """Return new fuse pairs made after a round; the module holds that round's policy."""
 
     def stages(self) -> dict[str, Stage]:
@@ -47,24 +57,24 @@ class RoundPairs(RoundCallback):
         context.load_policy()
         if self.train_on_fuse_pairs:
             context.store.update(0, notes={CONTROL: "fuse pairs are trained on"})
-        pairs = self.held_out_pairs(context)
+        pairs = as_table(self.held_out_pairs(context))
         if pairs:
-            scored = self._scored(context, pairs, one_hot(0))
+            scored = self._scored(context, pairs, one_hot(0), "fuse pairs")
             path = context.store.folder(context.round_index) / "fuse.parquet"
             write_pairs(path, scored)
             context.store.update(context.round_index, fuse=context.store.relative(path))
 
     def write_training_pairs(self, context: RoundContext) -> None:
-        """Write the next round's pairs, scored under its reference.
+        """Write the next round's pairs, scored under its reference if the loss needs one.
 
         Raises:
             RunError: If there is no pair.
         """
         index = context.round_index
         context.put_back()
-        pairs = self.training_pairs(context, index + 1)
+        pairs = as_table(self.training_pairs(context, index + 1))
         if self.train_on_fuse_pairs:
-            pairs = pairs + read_fuse_pool(context.store, index)
+            pairs = join(pairs, read_fuse_pool(context.store, index))
         if not pairs:
             raise RunError(
                 f"round {index + 1} has no pairs: every candidate was a tie or a repetition; raise "
@@ -76,22 +86,33 @@ class RoundPairs(RoundCallback):
                 f"round {index + 1} trains on {len(pairs)} pairs, fewer than a batch of {size}",
                 stacklevel=2,
             )
-        recipe = context.store.record(index).recipe or one_hot(0)
+        if getattr(context.receiver, "needs_reference", True):
+            recipe = context.store.record(index).recipe or one_hot(0)
+            pairs = self._scored(context, pairs, recipe, f"pairs of round {index + 1}")
+        elif not self._skipping_told:
+            self._skipping_told = True
+            say("the loss needs no reference: the pairs of the rounds are not scored under one")
         path = context.store.folder(index) / "pairs.parquet"
-        write_pairs(path, self._scored(context, pairs, recipe))
+        write_pairs(path, pairs)
         context.store.update(index, pairs=context.store.relative(path))
-        context.log({"pairs/count": len(pairs), "pairs/flipped": _share_flipped(pairs)})
+        flipped = float(pairs.column("flipped").mean())
+        context.log({"pairs/count": len(pairs), "pairs/flipped": flipped})
 
-    def _scored(self, context: RoundContext, pairs: Sequence[Pair], recipe: Recipe) -> list[Pair]:
+    def _scored(
+        self, context: RoundContext, pairs: PairTable, recipe: Recipe, title: str
+    ) -> PairTable:
+        if recipe.snapshots == (0,) and _come_scored(pairs):
+            say(f"{title}: the log-probabilities of the starting policy come with the data")
+            return pairs
         context.load(recipe)
         pad_id = context.data.tokenizer.pad_token_id
         with context.fabric.autocast():
             logps = score_pairs(
                 context.policy, pairs, pad_id=pad_id, batch_size=self.score_batch_size
             )
-        columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
-        return [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
+        return with_reference(pairs, logps)
 
 
-def _share_flipped(pairs: Sequence[Pair]) -> float:
-    return sum(pair.flipped for pair in pairs) / len(pairs)
+def _come_scored(pairs: PairTable) -> bool:
+    columns = (pairs.column(name) for name in ("ref_chosen_logps", "ref_rejected_logps"))
+    return all(bool(np.isfinite(column).all()) for column in columns)

@@ -15,6 +15,8 @@ BASE = {
     "quickstart_broken.yaml": "quickstart.yaml",
     "quickstart_reward.yaml": "quickstart.yaml",
     "lora.yaml": "preferences.yaml",
+    "mixed.yaml": "preferences.yaml",
+    "noise.yaml": "preferences.yaml",
 }
 OVERLAYS = sorted(Path("configs/overlays").glob("*.yaml"))
 

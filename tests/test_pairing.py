@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, inf, nan
 
 import pytest
 import torch
 
-from tpmm_pl.pairing import LabelNoise, pair_completions
+from tpmm_pl.noise import LabelNoise
+from tpmm_pl.pairing import METHODS, check_method, pair_completions
 from tpmm_pl.types import Completion, InputError, Pair, Prompt
 
 
@@ -24,10 +25,15 @@ def pair(
     method: str = "adjacent",
     noise: LabelNoise | None = None,
     seed: int = 0,
+    min_margin: float = 0.0,
 ) -> list[Pair]:
-    generator = torch.Generator().manual_seed(seed)
     return pair_completions(
-        samples, scores, method=method, noise=noise or LabelNoise(), generator=generator
+        samples,
+        scores,
+        method=method,
+        noise=noise or LabelNoise(),
+        generator=torch.Generator().manual_seed(seed),
+        min_margin=min_margin,
     )
 
 
@@ -46,6 +52,57 @@ def test_adjacent_samples_are_paired() -> None:
 
 def test_the_best_is_paired_with_the_worst() -> None:
     assert words(pair(SAMPLES, SCORES, "best_worst")) == [("p", "c", "a"), ("q", "h", "f")]
+
+
+def test_every_two_completions_are_paired() -> None:
+    expected = ["ba", "ca", "da", "cb", "db", "cd"]
+    made = words(pair(SAMPLES[:4], SCORES[:4], "all"))
+    assert [chosen + rejected for _, chosen, rejected in made] == expected
+    # two scores of 1, two of 0: ties among the six are dropped
+    made = words(pair(SAMPLES[:4], [1.0, 0.0, 0.0, 1.0], "all"))
+    assert [chosen + rejected for _, chosen, rejected in made] == ["ab", "ac", "db", "dc"]
+
+
+def test_pairs_by_margin_are_all_pairs_with_the_difference_noted() -> None:
+    noise = LabelNoise(flip=0.5)
+    every = pair(SAMPLES, SCORES, "all", noise)
+    made = pair(SAMPLES, SCORES, "margin", noise)
+    assert words(made) == words(every)
+    assert [one.margin for one in made] == [1, 3, 2, 2, 1, 1, 1, 5, 7, 6, 8, 2]
+    assert {one.margin for one in every} == {0.0}
+    assert 0 < sum(one.flipped for one in made) < len(made), "swapped ones have one too"
+
+
+@pytest.mark.parametrize("method", ["adjacent", "best_worst", "all", "random", "best_random"])
+def test_a_margin_holds_for_every_method(method: str) -> None:
+    every = pair(SAMPLES, SCORES, method)
+    wide = [made for made in every if made.score_chosen - made.score_rejected >= 4]
+    assert words(pair(SAMPLES, SCORES, method, min_margin=4.0)) == words(wide) != words(every)
+
+
+def test_two_random_completions_are_paired() -> None:
+    samples = [c for index in range(3000) for c in completions(str(index), "abc")]
+    made = words(pair(samples, [1.0, 2.0, 3.0] * 3000, "random"))
+    assert [prompt for prompt, *_ in made] == [str(index) for index in range(3000)]
+    for expected in ("ba", "ca", "cb"):
+        share = sum(chosen + rejected == expected for _, chosen, rejected in made) / 3000
+        assert share == pytest.approx(1 / 3, abs=4 * (2 / 9 / 3000) ** 0.5)
+
+
+def test_the_best_is_paired_with_a_random_other() -> None:
+    samples = [c for index in range(3000) for c in completions(str(index), "abcd")]
+    made = words(pair(samples, [1.0, 9.0, 3.0, 2.0] * 3000, "best_random"))
+    assert {chosen for _, chosen, _ in made} == {"b"}
+    for expected in "acd":
+        share = sum(rejected == expected for *_, rejected in made) / 3000
+        assert share == pytest.approx(1 / 3, abs=4 * (2 / 9 / 3000) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [("max_min", "best_worst"), ("max_random", "best_random")]
+)
+def test_names_of_online_rlhf_are_understood(alias: str, name: str) -> None:
+    assert words(pair(SAMPLES, SCORES, alias)) == words(pair(SAMPLES, SCORES, name))
 
 
 def test_a_pair_holds_what_it_was_made_of() -> None:
@@ -67,21 +124,21 @@ def test_a_pair_holds_what_it_was_made_of() -> None:
     assert made.ref_chosen_logps != made.ref_chosen_logps  # NaN: not scored yet
 
 
-@pytest.mark.parametrize("method", ["adjacent", "best_worst"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_identical_completions_are_never_paired(method: str, temperature: float) -> None:
     noise = LabelNoise(temperature=temperature)
     assert pair(completions("p", "aa"), [1.0, 2.0], method, noise) == []
 
 
-@pytest.mark.parametrize("method", ["adjacent", "best_worst"])
+@pytest.mark.parametrize("method", METHODS)
 def test_ties_are_dropped_unless_the_label_is_drawn(method: str) -> None:
     samples = completions("p", "ab")
     assert pair(samples, [1.0, 1.0], method) == []
     assert len(pair(samples, [1.0, 1.0], method, LabelNoise(temperature=1.0))) == 1
 
 
-@pytest.mark.parametrize("method", ["adjacent", "best_worst"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_single_sample_makes_no_pair(method: str) -> None:
     assert pair(completions("p", "a"), [1.0], method) == []
     assert pair([], [], method) == []
@@ -131,6 +188,43 @@ def test_a_flip_does_not_depend_on_the_label_that_was_drawn() -> None:
         assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / len(drawn)) ** 0.5)
 
 
+def test_length_bias_swaps_pairs_whose_chosen_completion_is_shorter() -> None:
+    samples = completions("p", ["a", "bb"]) + completions("q", ["cc", "d"])
+    samples += completions("r", "ef")
+    made = pair(samples, [1.0, 0.0] * 3, noise=LabelNoise(length_bias=1.0))
+    assert words(made) == [("p", "bb", "a"), ("q", "cc", "d"), ("r", "e", "f")]
+    assert [one.flipped for one in made] == [True, False, False]
+    assert (made[0].score_chosen, made[0].score_rejected) == (0.0, 1.0)
+
+
+def test_length_bias_overrules_the_label_that_was_drawn() -> None:
+    samples = [c for index in range(500) for c in completions(str(index), ["a", "bb"])]
+    noise = LabelNoise(temperature=1.0, length_bias=1.0)
+    made = pair(samples, [1.0, 0.0] * 500, noise=noise)
+    assert {one.chosen for one in made} == {"bb"}
+    # recorded as flipped only where the draw had said otherwise
+    assert 0 < sum(one.flipped for one in made) < 500
+
+
+def test_pairs_of_a_low_margin_are_swapped_more_often() -> None:
+    samples = [c for index in range(4000) for c in completions(str(index), "ab")]
+    noise = LabelNoise(low_margin=0.5, margin_scale=0.2)
+    made = pair(samples, [0.1, 0.0] * 2000 + [0.4, 0.0] * 2000, noise=noise)
+    for part, difference in ((made[:2000], 0.1), (made[2000:], 0.4)):
+        rate = 0.5 * exp(-difference / 0.2)
+        share = sum(one.flipped for one in part) / 2000
+        assert share == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 2000) ** 0.5)
+
+
+def test_labels_are_the_ones_that_recorded_runs_have() -> None:
+    """Draws of temperature and flip must stay: results of earlier runs rest on them."""
+    samples = [c for index in range(12) for c in completions(str(index), "abcd")]
+    noise = LabelNoise(temperature=1.0, flip=0.3)
+    made = pair(samples, [0.0, 1.0, 3.0, 2.0] * 12, noise=noise)
+    found = "".join(one.chosen.upper() if one.flipped else one.chosen for one in made)
+    assert found == "bDbcbcBcbDbcbCacBDacADBd"
+
+
 def test_extreme_differences_do_not_overflow() -> None:
     noise = LabelNoise(temperature=1e-3)
     assert words(pair(SAMPLES[:2], [0.0, 1e6], noise=noise)) == [("p", "b", "a")]
@@ -152,15 +246,21 @@ def test_a_dropped_candidate_does_not_change_the_labels_of_others() -> None:
     assert words(pair(same, scores, noise=noise)) == words(pair(samples, scores, noise=noise))[1:]
 
 
-@pytest.mark.parametrize("values", [(-1.0, 0.0), (0.0, -0.1), (0.0, 1.1)])
-def test_noise_out_of_range_is_refused(values: tuple[float, float]) -> None:
-    with pytest.raises(InputError, match="label noise needs temperature >= 0 and flip in"):
-        LabelNoise(*values)
-
-
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"unknown pairing method 'best'; .*best_worst"):
         pair(SAMPLES, SCORES, "best")
+
+
+@pytest.mark.parametrize("score", [nan, inf])
+def test_a_score_that_is_no_number_is_refused(score: float) -> None:
+    sentence = "score of completion 3 of prompt q is (nan|inf); a label needs a finite number"
+    with pytest.raises(InputError, match=sentence):
+        pair(SAMPLES, [*SCORES[:-1], score])
+
+
+def test_a_negative_margin_is_refused() -> None:
+    with pytest.raises(InputError, match=r"min_margin is -1\.0; it is a difference of scores"):
+        check_method("all", -1.0)
 
 
 def test_a_score_too_few_is_refused() -> None:

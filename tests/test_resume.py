@@ -23,7 +23,7 @@ from tpmm_pl.callbacks.round_checkpoint import CHECKPOINT, AtomicCheckpointIO
 from tpmm_pl.callbacks.round_end import Stage
 from tpmm_pl.modules.dpo import DPOModule
 from tpmm_pl.modules.fusion import FusionSettings
-from tpmm_pl.pairing import LabelNoise
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.toy.judges import LettersGold, LettersProxy
 from tpmm_pl.toy.module import LettersData
 from tpmm_pl.toy.start import LettersPolicy

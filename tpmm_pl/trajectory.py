@@ -18,6 +18,8 @@ from tpmm_pl.types import InputError, Recipe
 VERSION = 1
 CONTROL = "control"
 """Note of record 0 of a run that trains on its held-out pairs."""
+GIVEN = "start_from"
+"""Note of a round that was not trained in the run: where its weights come from."""
 
 
 @dataclass(frozen=True)

@@ -208,11 +208,11 @@ class OffersPrompts(Protocol):
 class OffersPairs(Protocol):
     """Data whose pairs were written before the run."""
 
-    def train_pairs(self, round_index: int) -> list[Pair]:
+    def train_pairs(self, round_index: int) -> Sequence[Pair]:
         """Return the training pairs of a round."""
         ...
 
-    def fuse_pairs(self) -> list[Pair]:
+    def fuse_pairs(self) -> Sequence[Pair]:
         """Return the held-out pairs that coefficients are learned on."""
         ...
 
@@ -224,6 +224,6 @@ class OffersEvaluation(Protocol):
         """Return prompts to answer; empty where nothing is sampled."""
         ...
 
-    def eval_pairs(self) -> Mapping[str, list[Pair]]:
+    def eval_pairs(self) -> Mapping[str, Sequence[Pair]]:
         """Return held-out pairs; empty where there are none."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tpmm_pl.data.pairs import read_pairs
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.modules.dpo import DPOModule
 from tpmm_pl.modules.fusion import FusionSettings
-from tpmm_pl.pairing import LabelNoise
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.toy.judges import LettersProxy
 from tpmm_pl.toy.module import LettersData
 from tpmm_pl.trajectory import TrajectoryStore
@@ -57,7 +58,7 @@ def letters_pairs(**settings: Any) -> OnPolicyPairs:
 def fit(
     root: Path,
     source: PolicySource,
-    callbacks: list[Callback],
+    callbacks: Sequence[Callback],
     *,
     rounds: int = 2,
     data: Any = None,
@@ -71,7 +72,7 @@ def fit(
     trainer = Trainer(
         default_root_dir=root,
         max_epochs=rounds * module.epochs_per_round,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         accelerator="cpu",
         devices=1,
         logger=False,
@@ -95,14 +96,14 @@ def fit_with(root: Path, source: PolicySource, reference: ReferenceMerge) -> Tra
     return fit(root, source, [TrajectorySnapshot(), reference, letters_pairs()], rounds=3)
 
 
-def round_pairs(store: TrajectoryStore, round_index: int) -> list[Pair]:
+def round_pairs(store: TrajectoryStore, round_index: int) -> Sequence[Pair]:
     """Return what was written after a round, for training the next."""
     written = store.record(round_index).pairs
     assert written is not None
     return read_pairs(store.path(written))
 
 
-def fuse_pairs(store: TrajectoryStore, round_index: int) -> list[Pair]:
+def fuse_pairs(store: TrajectoryStore, round_index: int) -> Sequence[Pair]:
     written = store.record(round_index).fuse
     assert written is not None
     return read_pairs(store.path(written))

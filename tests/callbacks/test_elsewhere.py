@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from tests.callbacks.recorder import Recorder
 from tpmm_pl.callbacks import (
+    MixedPairs,
     ModelExport,
     OfflinePairs,
     OnPolicyPairs,
@@ -35,6 +36,7 @@ CALLBACKS: list[RoundCallback] = [
     TrajectorySnapshot(),
     OnPolicyPairs(LettersProxy()),
     OfflinePairs(),
+    MixedPairs(OnPolicyPairs(LettersProxy()), OfflinePairs()),
     ReferenceMerge(),
     RoundEvaluation(),
     ModelExport(),

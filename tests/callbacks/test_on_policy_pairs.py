@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from tests.callbacks.letters_run import (
 )
 from tpmm_pl.callbacks import ReferenceMerge, RoundContext, TrajectorySnapshot, finish_round
 from tpmm_pl.models.scoring import score_pairs
-from tpmm_pl.pairing import LabelNoise
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.toy.letters import split_of
 from tpmm_pl.toy.start import LettersPolicy
@@ -81,6 +82,29 @@ def test_a_bad_batch_of_annotation_touches_the_training_pairs_of_its_round_only(
     assert flipped == [{False}, {True}, {False}]
     for index in range(3):
         assert not any(pair.flipped for pair in fuse_pairs(context.store, index))
+
+
+def test_another_flip_rate_of_a_round_keeps_the_other_noise() -> None:
+    noise = LabelNoise(temperature=0.1, flip=0.2, length_bias=0.3, low_margin=0.4)
+    pairs = letters_pairs(noise=noise, flip_in_rounds={2: 1.0})
+    assert pairs.noise_in_rounds == {2: replace(noise, flip=1.0)}
+
+
+def test_pairs_below_the_margin_are_left_out(start: LettersPolicy, tmp_path: Path) -> None:
+    found = []
+    for margin in (0.0, 0.1):
+        context = context_of(tmp_path / str(margin), start, data=letters_data(batch_size=1))
+        pairs = letters_pairs(noise=LabelNoise(), method="all", min_margin=margin)
+        finish_round([TrajectorySnapshot(), pairs], context)
+        margins = [p.score_chosen - p.score_rejected for p in round_pairs(context.store, 0)]
+        found.append(sorted(margins))
+    assert found[1] == [margin for margin in found[0] if margin >= 0.1]
+    assert 0 < len(found[1]) < len(found[0])
+
+
+def test_an_unknown_method_is_refused_before_anything_is_sampled() -> None:
+    with pytest.raises(InputError, match=r"unknown pairing method 'best'; did you mean best_wor"):
+        letters_pairs(method="best")
 
 
 def test_a_round_without_any_pair_ends_the_run_and_says_what_to_do(

@@ -33,8 +33,9 @@ from tpmm_pl.callbacks import (
     finish_round,
 )
 from tpmm_pl.callbacks.round_end import STAGES, Stage, reset_optimizer
+from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import LoraSettings, PretrainedPolicy
+from tpmm_pl.models.load import PretrainedPolicy
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.models.weights import materialise, policy_state
 from tpmm_pl.toy.judges import LettersGold

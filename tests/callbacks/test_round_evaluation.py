@@ -2,14 +2,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.callbacks.letters_run import context_of, letters_data, snapshots
-from tpmm_pl.callbacks import ReferenceMerge, RoundContext, RoundEvaluation, finish_round
+from tests.callbacks.letters_run import (
+    context_of,
+    letters_data,
+    letters_pairs,
+    round_pairs,
+    snapshots,
+)
+from tpmm_pl.callbacks import (
+    ReferenceMerge,
+    RoundContext,
+    RoundEvaluation,
+    TrajectorySnapshot,
+    finish_round,
+)
 from tpmm_pl.data.pairs import read_pairs
+from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.noise import LabelNoise
+from tpmm_pl.rounds import one_hot
 from tpmm_pl.toy.judges import LettersGold, LettersProxy
 from tpmm_pl.toy.start import LettersPolicy
 
@@ -111,6 +127,47 @@ def test_held_out_pairs_are_labelled_by_gold_without_noise(measured: RoundContex
         assert pairs
         assert all(pair.score_chosen > pair.score_rejected for pair in pairs)
         assert all(pair.ref_chosen_logps < 0 for pair in pairs)
+
+
+def test_the_annotators_noise_never_reaches_evaluation_pairs(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    found = []
+    for name, noise in (("clean", LabelNoise()), ("noisy", LabelNoise(flip=1.0))):
+        context = context_of(tmp_path / name, start)
+        finish_round([TrajectorySnapshot(), letters_pairs(noise=noise), evaluation()], context)
+        assert all(pair.flipped for pair in round_pairs(context.store, 0)) == (name == "noisy")
+        folder = context.store.folder(0)
+        found.append([read_pairs(folder / f"held_out_{domain}.parquet") for domain in DOMAINS])
+    assert found[0] == found[1]
+    for pairs in found[1]:
+        assert pairs
+        assert not any(pair.flipped for pair in pairs)
+        assert all(pair.score_chosen > pair.score_rejected for pair in pairs)
+
+
+def test_accuracy_is_against_the_start_where_the_loss_has_no_reference(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    context.data.evaluation_prompts = 60
+    for index in (0, 1):
+        free = SimpleNamespace(needs_reference=False)
+        of_round = RoundContext(
+            context.policy, context.store, index, data=context.data, receiver=free
+        )
+        finish_round([letters_pairs(), evaluation()], of_round)
+    context.load(one_hot(1))
+    for domain in DOMAINS:
+        pairs = read_pairs(context.store.folder(0) / f"held_out_{domain}.parquet")
+        policy, first = (
+            score_pairs(model, pairs, pad_id=0, batch_size=256)
+            for model in (context.policy, start.load_model())
+        )
+        margin = (policy.chosen - policy.rejected) - (first.chosen - first.rejected)
+        expected = float((margin > 0).double().mean())
+        assert 0 < expected < 1
+        assert context.store.record(1).metrics[f"accuracy/{domain}"] == pytest.approx(expected)
 
 
 def test_evaluation_leaves_the_policy_untouched(start: LettersPolicy, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from tests.callbacks.letters_run import context_of
 from tests.models.tiny import tiny_llama, tiny_tokenizer
 from tpmm_pl.callbacks import TrajectorySnapshot, finish_round
 from tpmm_pl.files import file_sha256
+from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import LoraSettings, PretrainedPolicy
+from tpmm_pl.models.load import PretrainedPolicy
 from tpmm_pl.toy.start import LettersPolicy
 from tpmm_pl.trajectory import TrajectoryStore
 

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tests.models.tiny import EOS, tiny_tokenizer
-from tpmm_pl.data.chat import judged_ids, prompt_id, tokenize_pairs, tokenize_prompts
+from tests.models.tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
+from tpmm_pl.data.chat import (
+    check_vocabulary,
+    judged_ids,
+    prompt_id,
+    tokenize_pairs,
+    tokenize_prompts,
+)
 from tpmm_pl.data.formats import RawPair, RawPrompt, read_preferences
 from tpmm_pl.types import Completion, InputError, Prompt
 
@@ -102,6 +113,38 @@ def test_prompts_keep_their_end_and_completions_their_start() -> None:
     assert counts == {"prompts cut off": 1, "completions cut off": 1}
 
 
+def test_prompts_keep_their_start_if_asked_to() -> None:
+    (pair,), _ = tokenize_pairs(
+        [plain("w0 w1 w2 w3")],
+        tiny_tokenizer(),
+        max_length=4,
+        max_prompt_length=2,
+        truncation="keep_start",
+    )
+    assert (pair.prompt_ids, pair.chosen_ids) == ((6, 7), (8, EOS))
+    (prompt,) = tokenize_prompts([plain("w0 w1 w2")], tiny_tokenizer(), 2, "keep_start")
+    assert prompt.ids == (6, 7)
+    for tokenize in (
+        partial(tokenize_pairs, max_length=4, truncation="keep_all"),
+        partial(tokenize_prompts, max_prompt_length=2, truncation="keep_all"),
+    ):
+        with pytest.raises(InputError, match="unknown truncation 'keep_all'; did you mean keep_"):
+            tokenize([plain()], tiny_tokenizer())
+
+
+def test_a_row_is_counted_once_whatever_is_cut_of_it() -> None:
+    rows = [plain("w0", "w1 w2 w3", "w4 w5 w6"), plain("w0", "w1", "w2")]
+    _, counts = tokenize_pairs(rows, tiny_tokenizer(), max_length=3)
+    assert counts == {"completions cut off": 1}
+
+
+def test_of_a_dropped_row_nothing_else_is_counted() -> None:
+    row = RawPair("w0 w1", "", "w1 w2", "w1 w3", ref_chosen_logps=-1.0, ref_rejected_logps=-2.0)
+    pairs, counts = tokenize_pairs([row], tiny_tokenizer(), max_length=2, max_prompt_length=1)
+    assert pairs == []
+    assert counts == {"dropped: chosen and rejected have the same tokens": 1}
+
+
 def test_no_completion_is_ever_empty() -> None:
     pairs, counts = tokenize_pairs([plain("w0 w1 w2")], tiny_tokenizer(), max_length=3)
     assert pairs == []
@@ -119,6 +162,59 @@ def test_scores_travel_along() -> None:
     row = RawPair("w0", "", "w1", "w2", 0.25, -1.0)
     (pair,), _ = tokenize_pairs([row], tiny_tokenizer(), max_length=9)
     assert (pair.score_chosen, pair.score_rejected, pair.weight) == (0.25, -1.0, 1.0)
+
+
+def test_weights_and_reference_log_probabilities_travel_along() -> None:
+    row = RawPair("w0", "", "w1", "w2", 0, 0, 0.5, 2.0, -3.0, -4.0)
+    (pair,), counts = tokenize_pairs([row], tiny_tokenizer(), max_length=9)
+    assert (pair.margin, pair.weight) == (0.5, 2.0)
+    assert (pair.ref_chosen_logps, pair.ref_rejected_logps) == (-3.0, -4.0)
+    assert not counts
+
+
+@pytest.mark.parametrize("max_prompt_length", [1, 2])
+def test_reference_log_probabilities_do_not_fit_a_row_that_was_cut(max_prompt_length: int) -> None:
+    row = RawPair("w0 w1", "", "w2 w3", "w4", ref_chosen_logps=-3.0, ref_rejected_logps=-4.0)
+    (pair,), counts = tokenize_pairs(
+        [row],
+        tiny_tokenizer(),
+        max_length=4,
+        max_prompt_length=max_prompt_length,
+    )
+    assert isnan(pair.ref_chosen_logps)
+    assert isnan(pair.ref_rejected_logps)
+    part = "completions" if max_prompt_length == 2 else "prompts"
+    assert counts == {f"{part} cut off": 1, "reference log-probabilities left out": 1}
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    check_vocabulary(tokenizer, 32)
+    check_vocabulary(tokenizer, 40)
+    with pytest.raises(InputError, match="has 32 tokens, the model's embedding only 31 rows; give"):
+        check_vocabulary(tokenizer, 31)
+    tokenizer.add_tokens(["w26"])
+    with pytest.raises(InputError, match=r"33 tokens, .* 32 rows; .*resize_token_embeddings\(33\)"):
+        check_vocabulary(tokenizer, 32)
+
+
+def test_a_vocabulary_with_gaps_reaches_to_its_highest_token() -> None:
+    words = Tokenizer(WordLevel({"w0": 0, "<eos>": 7}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    assert len(tokenizer) == 2
+    check_vocabulary(tokenizer, 8)
+    with pytest.raises(InputError, match="has 8 tokens, the model's embedding only 7 rows"):
+        check_vocabulary(tokenizer, 7)
+
+
+def test_tools_reach_pairs_and_prompts() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].name }} {% endif %}" + CHAT_TEMPLATE
+    row = replace(chat(), tools=({"name": "w25"},))
+    (pair,), _ = tokenize_pairs([row], tokenizer, max_length=20)
+    (prompt,) = tokenize_prompts([row], tokenizer, 20)
+    assert pair.prompt_ids == prompt.ids == (31, 3, 6, EOS, 4)
+    assert pair.chosen_ids == (7, 8, EOS)
 
 
 def test_a_prompt_has_one_name_in_pairs_and_prompts() -> None:

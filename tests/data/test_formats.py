@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 from math import isnan
 from pathlib import Path
@@ -10,11 +9,14 @@ import pytest
 
 from tpmm_pl.data.formats import (
     RawPair,
+    RawPrompt,
+    preferences,
+    prompts,
     read_preferences,
-    read_prompts,
-    read_rows,
     to_preference,
 )
+from tpmm_pl.data.report import DataReport
+from tpmm_pl.data.sources import DataSource
 from tpmm_pl.types import InputError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "alpaca_eval_pairs"
@@ -37,44 +39,54 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
-def test_the_same_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [{"a": "é\u2028"}, {"b": [1]}]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "a.jsonl").write_text("\ufeff" + lines.replace("\n", "\r\n\n  \n"), "utf-8")
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "b.json").write_text(lines, "utf-8")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    for name in ("a.jsonl", "a.json", "b.json", "a.jsonl.gz"):
-        assert read_rows(tmp_path / name) == rows, name
+def report_of(path: Path, **settings: Any) -> tuple[list[RawPair], DataReport]:
+    report = DataReport(max_bad_rows=settings.pop("max_bad_rows", 0))
+    return list(preferences(DataSource(str(path), **settings), report)), report
 
 
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ('{"prompt": ', r"d\.jsonl, line 3: not JSON \(.+ at column \d+\); one object a line"),
-        ("[1, 2]", r"d\.jsonl, line 3: a list where an object belongs; a line is \{\"prompt\""),
-        ('"text"', r"d\.jsonl, line 3: a text where an object belongs"),
-    ],
-)
-def test_a_broken_line_is_named_with_blank_lines_counted(
-    tmp_path: Path, line: str, sentence: str
-) -> None:
-    with pytest.raises(InputError, match=sentence):
-        read_rows(write(tmp_path / "d.jsonl", PLAIN, "", line))
+def prompts_of(path: Path) -> list[RawPrompt]:
+    return list(prompts(DataSource(str(path)), DataReport()))
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no file .*none\.jsonl; check the path"):
-        read_rows(tmp_path / "none.jsonl")
-    (tmp_path / "d.csv").touch()
-    with pytest.raises(InputError, match=r"d\.csv is of no known kind; give \.jsonl"):
-        read_rows(tmp_path / "d.csv")
-    (tmp_path / "d.jsonl").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(InputError, match=r"d\.jsonl cannot be read \(.+\); save it as UTF-8"):
-        read_rows(tmp_path / "d.jsonl")
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"{}" * 50)[:-12])
-    with pytest.raises(InputError, match=r"d\.jsonl\.gz cannot be read"):
-        read_rows(tmp_path / "d.jsonl.gz")
+@pytest.mark.parametrize("name", ["prompt_ids", "prompt_input_ids"])
+def test_token_ids_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
+    ids = {name.replace("prompt", field): [n, 0] for n, field in enumerate(("prompt", "chosen"))}
+    row = {**ids, name.replace("prompt", "rejected"): [7], "chosen": "ignored", "margin": 2}
+    [pair], _ = report_of(write(tmp_path / "d.jsonl", row))
+    assert pair.ids == ((0, 0), (1, 0), (7,))
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.margin) == ("", "", "", 2.0)
+
+
+def test_the_columns_beside_the_texts_are_kept(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "add"}}
+    row = {
+        **CHAT,
+        "system": "be kind",
+        "tools": [tool],
+        "margin": 1,
+        "weight": 0.5,
+        "score_chosen": 3,
+        "score_rejected": 2,
+        "ref_chosen_logps": -1.5,
+        "ref_rejected_logps": -2.5,
+    }
+    [pair], _ = report_of(write(tmp_path / "d.jsonl", row))
+    assert pair == RawPair(
+        ({"role": "system", "content": "be kind"}, user("hi")),
+        "",
+        (assistant("hello"),),
+        (assistant("no"),),
+        3.0,
+        2.0,
+        1.0,
+        0.5,
+        -1.5,
+        -2.5,
+        None,
+        tools=(tool,),
+    )
+    [prompt] = prompts_of(tmp_path / "d.jsonl")
+    assert (prompt.prompt, prompt.tools) == (pair.prompt, (tool,))
 
 
 def test_plain_texts_are_taken_as_they_are() -> None:
@@ -104,7 +116,15 @@ def test_turns_that_both_answers_begin_with_are_the_prompt(prompt: dict[str, Any
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({**PLAIN, "chosen": None}, r"no field 'chosen', only \['chosen', 'prompt', .*; a line is"),
-    ({"chosen": "a", "rejected": "b"}, r"do not match \(prompt missing, chosen a text, rej"),
+    ({"chosen": "a", "rejected": "b"}, r"no prompt, and chosen and rejected do not begin with"),
+    ({**CHAT, "prompt": None, "chosen": "a"}, r"do not match \(prompt missing, chosen a text, rej"),
+    ({**PLAIN, "system": "s"}, r"plain text has no system turn, but there is a column 'system'"),
+    ({**PLAIN, "margin": float("nan")}, r"margin is nan; give a finite number"),
+    ({**PLAIN, "weight": -1}, r"weight is -1; give a finite number above 0"),
+    ({**PLAIN, "ref_chosen_logps": 0}, r"ref_chosen_logps is 0 and ref_rejected_logps is None"),
+    ({"chosen_ids": [1], "rejected_ids": [2]}, r"no column 'prompt_ids', only \['chosen_ids', 're"),
+    ({"prompt_ids": [0], "chosen_ids": [-1], "rejected_ids": [2]}, r"chosen_ids\[0\] is -1; give"),
+    ({"prompt": "p", "responses": ["a"], "scores": 1}, r"1 responses, but scores is a int; give"),
     ({**PLAIN, "rejected": " "}, r"rejected is empty; fill it or delete the row"),
     ({**PLAIN, "prompt": 3}, r"prompt is a int; a line is"),
     ({**PLAIN, "chosen": CHAT["chosen"]}, r"do not match \(prompt a text, chosen messages, rej"),
@@ -113,7 +133,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**CHAT, "chosen": ["hello"]}, r"chosen\[0\] is a text; a turn has 'role' and 'content'"),
     ({**CHAT, "chosen": [{"role": "assistant"}]}, r"chosen\[0\]: content is missing; it must"),
     ({**CHAT, "chosen": [assistant("")]}, r"chosen\[0\]: content is empty; fill it or delete"),
-    ({**CHAT, "chosen": [user("x")]}, r"chosen begins with the role 'user', not 'assistant'; put"),
+    ({**CHAT, "chosen": [user("x")]}, r"chosen begins with the role 'user', not 'assistant', and "),
+    (
+        {**CHAT, "chosen": [user("other"), assistant("x")]},
+        r"chosen begins with the role 'user', .* and not with the turns of prompt; put the turns",
+    ),
+    (
+        {**CHAT, "chosen": [assistant("x"), user("y")]},
+        r"chosen ends with the role 'user', not 'assistant'; end it with the answer",
+    ),
     ({**CHAT, "prompt": [assistant("x")]}, r"prompt ends with the assistant; end it with the"),
     ({"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]}, r"do not begin with the same turns"),
 ]
@@ -150,21 +178,75 @@ def test_a_file_without_a_usable_pair_is_refused(tmp_path: Path) -> None:
         read_preferences(write(tmp_path / "e.jsonl", ""))
 
 
+def test_every_row_read_is_kept_dropped_or_bad(tmp_path: Path) -> None:
+    ranking = {"prompt": "p", "responses": ["a", "b", "c", "a"], "scores": [4, 3, 3, 1]}
+    lonely = {"prompt": "p", "responses": ["a"], "scores": [1]}
+    rows = [PLAIN, "{", {**PLAIN, "rejected": "4"}, ranking, lonely, {"prompt": 1}]
+    path = write(tmp_path / "d.jsonl", *rows)
+    pairs, report = report_of(path, pairing="all", max_bad_rows=2)
+    counts = report.sources[str(path)]
+    assert counts.dropped == {
+        "chosen and rejected identical": 2,
+        "answers with equal scores": 1,
+        "rankings of fewer than two answers": 1,
+    }
+    assert [sentence.partition(":")[0][-6:] for sentence in counts.bad] == ["line 2", "line 6"]
+    # 5 rows that are one pair or none each, and a ranking of 6 pairs
+    assert counts.read == len(pairs) + counts.dropped.total() + len(counts.bad) == 5 + 6
+    with pytest.raises(
+        InputError, match=r"line 6: no field 'chosen', .* number 2, and --data\.max"
+    ):
+        report_of(path, max_bad_rows=1)
+
+
+def test_pairs_of_the_same_tokens_are_dropped(tmp_path: Path) -> None:
+    same = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}
+    pairs, report = report_of(write(tmp_path / "d.jsonl", same, {**same, "rejected_ids": [3]}))
+    assert [pair.ids for pair in pairs] == [((1,), (2,), (3,))]
+    assert report.dropped(str(tmp_path / "d.jsonl")) == {"chosen and rejected identical": 1}
+
+
+def test_a_field_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    depth = 800
+    row = json.dumps({**CHAT, "tools": [{}]}).replace("{}", '{"a":' * depth + "1" + "}" * depth)
+    with pytest.raises(InputError, match=r"line 1: a field is nested too deeply; delete the row"):
+        read_preferences(write(tmp_path / "d.jsonl", row))
+    with pytest.raises(InputError, match=r"line 1: a field is nested too deeply; delete the row"):
+        prompts_of(tmp_path / "d.jsonl")
+
+
+def test_pairs_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", PLAIN, "{")
+    pairs = preferences(DataSource(str(path)), DataReport())
+    assert next(pairs).prompt == PLAIN["prompt"]
+    with pytest.raises(InputError, match=r"line 2: not JSON"):
+        next(pairs)
+
+
 def test_prompts_are_texts_or_messages_without_their_answers(tmp_path: Path) -> None:
+    turns = [user("a"), assistant("b")]
     rows = [
         {"prompt": "text"},
         {"prompt": [user("a")]},
         {"messages": [user("b"), assistant("c"), user("d"), assistant("e")]},
         CHAT,
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+        {"prompt": "named", "chosen": [user("x"), *turns], "rejected": [user("x"), *turns]},
+        {"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"},
+        {"prompt": "p", "responses": ["a", "b"], "scores": [1, 2], "system": ""},
     ]
-    prompts = read_prompts(write(tmp_path / "p.jsonl", *rows))
-    assert [row.prompt for row in prompts] == [
+    read = prompts_of(write(tmp_path / "p.jsonl", *rows))
+    assert [row.prompt for row in read] == [
         "text",
         (user("a"),),
         (user("b"), assistant("c"), user("d")),
         (user("hi"),),
+        (user("a"),),
+        (user("x"), user("a")),
+        "2 + 2 =",
+        "p",
     ]
-    assert prompts[2].where.endswith("p.jsonl, line 3")
+    assert read[2].where.endswith("p.jsonl, line 3")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +261,7 @@ def test_prompts_are_texts_or_messages_without_their_answers(tmp_path: Path) -> 
 )
 def test_a_bad_prompt_is_named(tmp_path: Path, row: object, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        read_prompts(write(tmp_path / "p.jsonl", row))
+        prompts_of(write(tmp_path / "p.jsonl", row))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real pairs beside the repository")

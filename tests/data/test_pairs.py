@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tpmm_pl.data.pairs import SCHEMA, read_pairs, write_pairs
+from tpmm_pl.data.pairs import read_pairs, write_pairs
+from tpmm_pl.data.table import SCHEMA
 from tpmm_pl.types import InputError, Pair
 
 
@@ -42,7 +43,7 @@ def test_pairs_survive_the_file_bit_for_bit(tmp_path: Path) -> None:
 
 def test_not_a_number_and_empty_tokens_survive(tmp_path: Path) -> None:
     write_pairs(tmp_path / "p.parquet", [pair(prompt_ids=(), weight=nan)])
-    assert repr(read_pairs(tmp_path / "p.parquet")) == repr([pair(prompt_ids=(), weight=nan)])
+    assert repr(list(read_pairs(tmp_path / "p.parquet"))) == repr([pair(prompt_ids=(), weight=nan)])
 
 
 def test_a_file_from_before_there_were_margins_has_margins_of_0(tmp_path: Path) -> None:
@@ -50,12 +51,12 @@ def test_a_file_from_before_there_were_margins_has_margins_of_0(tmp_path: Path) 
     assert read_pairs(tmp_path / "p.parquet")[0].margin == 0.5
     table = pq.read_table(tmp_path / "p.parquet").drop_columns(["margin"])
     pq.write_table(table, tmp_path / "q.parquet")
-    assert repr(read_pairs(tmp_path / "q.parquet")) == repr([pair()])
+    assert repr(list(read_pairs(tmp_path / "q.parquet"))) == repr([pair()])
 
 
 def test_no_pairs_are_a_file_too(tmp_path: Path) -> None:
     write_pairs(tmp_path / "p.parquet", [])
-    assert read_pairs(tmp_path / "p.parquet") == []
+    assert list(read_pairs(tmp_path / "p.parquet")) == []
 
 
 def test_columns_are_the_fields_of_a_pair_in_order() -> None:

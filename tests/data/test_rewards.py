@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ def trainer(**settings: Any) -> Trainer:
     )
 
 
-def set_up(data: RewardData, module: RewardModule) -> RewardData:
-    attached: Any = trainer(max_epochs=1)
+def set_up(data: RewardData, module: RewardModule, root: Path) -> RewardData:
+    attached: Any = trainer(max_epochs=1, default_root_dir=root / "run")
+    data.cache_dir = root / "cache"
     attached.strategy.connect(module)
     attached.datamodule = data
     data.trainer = attached
@@ -81,7 +83,8 @@ def test_every_epoch_shows_every_training_pair_once_in_an_order_of_its_own(
 ) -> None:
     train = write(tmp_path / "train.jsonl", *(row(index) for index in range(20)))
     data, seen = RewardData(train, eval_fraction=0.2, batch_size=4), Seen()
-    fitted = trainer(max_epochs=2, callbacks=[seen])
+    data.cache_dir = tmp_path / "cache"
+    fitted = trainer(max_epochs=2, callbacks=[seen], default_root_dir=tmp_path)
     fitted.fit(module, datamodule=data)
     assert data.domains == ["in_domain"]
     held_out = prompts(data.val_dataloader()[0])
@@ -99,7 +102,7 @@ def test_files_of_held_out_pairs_come_by_domain_in_their_order(
     near = write(tmp_path / "near.jsonl", *(row(index) for index in range(10, 15)))
     far = write(tmp_path / "far.jsonl", row(20), row(21))
     data = RewardData(train, {"near": near, "out_of_domain": far}, batch_size=2, max_eval_pairs=3)
-    set_up(data, module)
+    set_up(data, module, tmp_path)
     assert data.domains == ["near", "out_of_domain"]
     first, second = data.val_dataloader()
     assert prompts(first) == [16, 17, 18]
@@ -109,7 +112,7 @@ def test_files_of_held_out_pairs_come_by_domain_in_their_order(
 
 def test_a_margin_reaches_the_batch(module: RewardModule, tmp_path: Path) -> None:
     train = write(tmp_path / "d.jsonl", row(0, margin=0.5), row(1), row(2, margin=-1))
-    data = set_up(RewardData(train, eval_fraction=0.0, batch_size=3), module)
+    data = set_up(RewardData(train, eval_fraction=0.0, batch_size=3), module, tmp_path)
     (batch,) = data.train_dataloader()
     found = dict(zip(prompts([batch]), batch.margin.tolist(), strict=True))
     assert found == {6: 0.5, 7: 0.0, 8: -1.0}
@@ -122,11 +125,14 @@ def test_rows_of_equal_answers_are_dropped_and_counted(
     module: RewardModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = write(tmp_path / "d.jsonl", row(0), row(1, chosen="w9", rejected="w9"), row(2))
-    data = set_up(RewardData(train, eval_fraction=0.0, batch_size=2), module)
+    data = set_up(RewardData(train, eval_fraction=0.0, batch_size=2), module, tmp_path)
     assert sorted(prompts(data.train_dataloader())) == [6, 8]
     said = capsys.readouterr()
-    assert "d.jsonl: 1 rows dropped: chosen and rejected identical" in said.err
+    assert re.search(r"d\.jsonl +dropped: chosen and rejected identical +1\n", said.err)
+    assert "one example; the tokens in brackets are trained on" in said.err
     assert not said.out
+    written = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert written["sources"][str(train)]["read"] == 3
 
 
 @pytest.mark.parametrize(
@@ -165,7 +171,7 @@ def test_what_is_wrong_with_the_data_is_named(
         write(tmp_path / "d.jsonl", *rows), **{"eval_fraction": 0.0, "batch_size": 1, **settings}
     )
     with pytest.raises(InputError, match=sentence):
-        set_up(data, module)
+        set_up(data, module, tmp_path)
 
 
 def test_a_batch_of_no_pairs_is_refused_at_once(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_a_file_is_read_for_a_tokenizer_with_half_the_length_for_the_prompt(
     assert pair.prompt_ids == (8, 9)
     assert pair.chosen_ids == (10, 11)
     assert pair.rejected_ids == (8, EOS)
-    assert "d.jsonl: 1 of 1 pairs: prompts cut off" in capsys.readouterr().err
+    assert re.search(r"d\.jsonl +cut: prompts cut off +1\n", capsys.readouterr().err)
 
 
 def test_evaluation_leaves_no_pair_out() -> None:

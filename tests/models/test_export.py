@@ -3,13 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from tests.models.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tpmm_pl.models.export import export_model
@@ -136,3 +137,26 @@ def test_a_state_for_an_adapter_is_refused(tmp_path: Path) -> None:
     policy = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="an adapter is exported as it is; put the state into"):
         export_model(policy, tiny_tokenizer(), {}, tmp_path / "out")
+
+
+def test_sampling_settings_that_are_not_of_a_sampling_kind_are_made_valid(tmp_path: Path) -> None:
+    for model in (
+        tiny_llama(),
+        get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])),
+    ):
+        settings: Any = model.generation_config
+        settings.temperature, settings.top_p = 0.6, 0.9
+        with pytest.raises(ValueError, match="do_sample"):
+            settings.save_pretrained(tmp_path / "refused")
+        export_model(model, tiny_tokenizer(), None, tmp_path / "out")
+        back = GenerationConfig.from_pretrained(tmp_path / "out")
+        assert (back.do_sample, back.temperature, back.top_p) == (True, 0.6, 0.9)
+        assert back.eos_token_id == model.config.eos_token_id
+        assert settings.do_sample is not True, "the model's own are as they were"
+
+
+def test_notes_take_the_place_of_what_a_library_writes(tmp_path: Path) -> None:
+    policy = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    for model in (tiny_llama(), policy):
+        export_model(model, tiny_tokenizer(), None, tmp_path / "out", {"README.md": "é card"})
+        assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "é card"

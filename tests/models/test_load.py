@@ -7,9 +7,8 @@ from pathlib import Path
 import huggingface_hub.errors
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from tests.models.tiny import (
     CHAT_TEMPLATE,
@@ -19,10 +18,12 @@ from tests.models.tiny import (
     tiny_reward_model,
     tiny_tokenizer,
 )
-from tpmm_pl.models import load
+from tpmm_pl.models import location
+from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import LoraSettings, PretrainedPolicy, load_reward_model
-from tpmm_pl.types import InputError
+from tpmm_pl.models.load import PretrainedPolicy, load_reward_model
+from tpmm_pl.models.scoring import PairScorer
+from tpmm_pl.types import IGNORE_INDEX, InputError
 
 IDS = torch.arange(2, 14).reshape(2, 6)
 
@@ -52,6 +53,19 @@ def test_attention_dropout_that_only_the_configuration_knows_is_off(tmp_path: Pa
     assert policy.config._attn_implementation == "eager"
 
 
+def test_an_attention_that_does_not_work_is_named_with_those_that_do(folder: Path) -> None:
+    sentence = (
+        r"attn_implementation 'flash' does not work for .*gpt2 \(Specified .*\); give eager or"
+        r" sdpa, or leave it out for sdpa$"
+    )
+    with pytest.raises(InputError, match=sentence):
+        PretrainedPolicy(str(folder), attn_implementation="flash").load_model()
+    # what else is wrong is not blamed on it
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"cannot load .*gpt2 \(.+\); give a folder made by"):
+        PretrainedPolicy(str(folder), attn_implementation="eager").load_model()
+
+
 def test_weights_come_in_the_dtype_asked_for(folder: Path) -> None:
     assert PretrainedPolicy(str(folder), dtype="bfloat16").load_model().dtype == torch.bfloat16
 
@@ -61,14 +75,53 @@ def test_an_unknown_dtype_names_the_known(folder: Path) -> None:
         PretrainedPolicy(str(folder), dtype="int8")
 
 
-def test_a_fresh_adapter_computes_what_the_model_does(folder: Path) -> None:
-    policy = PretrainedPolicy(str(folder), lora=LoraSettings(r=2)).load_model()
-    assert isinstance(policy, PeftModel)
-    assert policy.training
-    assert torch.equal(logits(policy), logits(tiny_gpt2().eval()))
-    trained = [name for name, weight in policy.named_parameters() if weight.requires_grad]
-    assert trained
-    assert all("lora_" in name for name in trained)
+def step(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the gradients of a step as the DPO module takes it."""
+    scorer = PairScorer(policy)
+    labels = IDS.clone()
+    labels[:, :3] = IGNORE_INDEX
+    (-scorer.rows(IDS, torch.ones_like(IDS), labels)).sum().backward()
+    return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2), LoraSettings(r=2, use_dora=True)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_checkpointed_activations_give_the_same_gradients(
+    kind: str, lora: LoraSettings | None, tmp_path: Path
+) -> None:
+    model = tiny_llama() if kind == "llama" else tiny_gpt2()
+    export_model(model, tiny_tokenizer(), None, tmp_path / "m")
+    gradients, passes = {}, {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        policy = PretrainedPolicy(
+            str(tmp_path / "m"), lora=lora, gradient_checkpointing=checkpointing
+        ).load_model()
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                # as after some training: at the start A has no gradient
+                torch.nn.init.normal_(parameter.data)
+        layer = next(m for n, m in policy.named_modules() if n.endswith((".layers.1", ".h.1")))
+        counted: list[bool] = []
+        # the first part of the layer: a pass that is made again ends early
+        first = next(layer.children())
+        first.register_forward_hook(lambda *_, counted=counted: counted.append(True))
+        gradients[checkpointing] = step(policy)
+        passes[checkpointing] = len(counted)
+    # one pass of the scorer's check, one forward, and with checkpoints one more in the backward
+    assert passes == {False: passes[False], True: passes[False] + 1}
+    assert gradients[True].keys() == gradients[False].keys() != set()
+    for name, gradient in gradients[False].items():
+        torch.testing.assert_close(gradients[True][name], gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_a_model_that_cannot_checkpoint_activations_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT2LMHeadModel, "supports_gradient_checkpointing", False)
+    policy = PretrainedPolicy(str(folder), gradient_checkpointing=True)
+    with pytest.raises(InputError, match=r"gpt2 cannot checkpoint .*; set gradient_checkpointing"):
+        policy.load_model()
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path: Path) -> None:
@@ -117,11 +170,18 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
             use()
 
 
+def test_weights_cut_in_half_are_named(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=r"cannot load .*gpt2 \(.+\); give a folder made by save"):
+        PretrainedPolicy(str(folder)).load_model()
+
+
 def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("Name or service not known\nmore")
 
-    monkeypatch.setattr(load, "snapshot_download", fail)
+    monkeypatch.setattr(location, "snapshot_download", fail)
     sentence = (
         r"no folder owner/name here, and the .* hub does not give it \(Name or .* not known\)"
     )
@@ -139,7 +199,7 @@ def test_a_hub_model_is_fetched_once_and_loaded_as_a_folder(
         asked.append((name, revision, allow_patterns[-1]))
         return str(folder)
 
-    monkeypatch.setattr(load, "snapshot_download", fetch)
+    monkeypatch.setattr(location, "snapshot_download", fetch)
     policy = PretrainedPolicy("owner/name", revision="v1").load_model()
     assert torch.equal(logits(policy), logits(tiny_gpt2().eval()))
     assert asked == [("owner/name", "v1", "*.safetensors")]

@@ -27,8 +27,8 @@ from transformers import (
 from tests.models.tiny import EOS, PAD, tiny_gpt2, tiny_llama, tiny_reward_model, tiny_tokenizer
 from tpmm_pl.data.batching import collate, pad_rows
 from tpmm_pl.models import reward
+from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import LoraSettings
 from tpmm_pl.models.padding import separate_padding, use_padding
 from tpmm_pl.models.reward import PretrainedReward, RewardScorer, export_reward_model
 from tpmm_pl.models.scoring import length_groups

@@ -6,95 +6,37 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from tests.models.tiny import tiny_gpt2, tiny_llama
+from tests.models.trajectories import (
+    IDS,
+    MERGE,
+    WEIGHTS,
+    Factory,
+    adapted,
+    adapter_trajectory,
+    assert_computes,
+    base_of,
+    both_models,
+    dense_states,
+    dense_trajectory,
+    logits,
+    products,
+    randomise,
+)
 from tpmm_pl.merging import assign_groups, grouped_merge, linear_merge
-from tpmm_pl.models.weights import become, materialise, policy_state, save_policy, streamed_merge
+from tpmm_pl.models.weights import (
+    become,
+    materialise,
+    policy_state,
+    save_policy,
+    streamed_merge,
+)
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, Recipe
-
-Factory = Callable[..., PreTrainedModel]
-both_models = pytest.mark.parametrize("factory", [tiny_llama, tiny_gpt2])
-
-IDS = torch.arange(6, 30).reshape(3, 8)
-WEIGHTS = (0.2, 0.3, 0.5)
-MERGE = Recipe("learned", (0, 1, 2), (WEIGHTS,))
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        values: Tensor = model(IDS).logits
-    return values
-
-
-def base_of(factory: Factory) -> PreTrainedModel:
-    model = factory(seed=0)
-    model.eval()
-    return model
-
-
-def adapted(factory: Factory = tiny_llama, rank: int = 2, **settings: Any) -> PeftModel:
-    config = LoraConfig(
-        r=rank, lora_alpha=3, target_modules="all-linear", task_type="CAUSAL_LM", **settings
-    )
-    policy = get_peft_model(base_of(factory), config)
-    assert isinstance(policy, PeftModel)
-    return policy
-
-
-def randomise(policy: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-
-
-def dense_trajectory(factory: Factory, root: Path) -> TrajectoryStore:
-    store = TrajectoryStore(root)
-    for seed in range(3):
-        save_policy(factory(seed=seed), store, seed)
-    return store
-
-
-def adapter_trajectory(policy: PeftModel, root: Path, rounds: int = 3) -> TrajectoryStore:
-    store = TrajectoryStore(root)
-    for index in range(rounds):
-        randomise(policy, seed=index)
-        save_policy(policy, store, index)
-    return store
-
-
-def dense_states(store: TrajectoryStore, factory: Factory = tiny_llama) -> list[dict[str, Tensor]]:
-    """Every snapshot as a full model, made by peft alone."""
-    states = []
-    for record in store.rounds:
-        loaded = PeftModel.from_pretrained(base_of(factory), store.folder(record.round) / "adapter")
-        states.append(dict(loaded.merge_and_unload().named_parameters()))
-    return states
-
-
-def dense_logits(state: dict[str, Tensor], factory: Factory = tiny_llama) -> Tensor:
-    model = base_of(factory)
-    model.load_state_dict(state, strict=False)
-    return logits(model)
-
-
-def assert_computes(policy: nn.Module, expected: Tensor) -> None:
-    torch.testing.assert_close(logits(policy), expected, atol=1e-6, rtol=1e-6)
-
-
-def products(policy: PeftModel) -> dict[str, Tensor]:
-    """B A of every adapted layer."""
-    adapter = dict(policy.named_parameters())
-    return {
-        name: adapter[name.replace("lora_A", "lora_B")].detach() @ a.detach()
-        for name, a in adapter.items()
-        if "lora_A" in name
-    }
 
 
 @both_models
@@ -168,45 +110,6 @@ def test_a_snapshot_of_another_model_is_refused(tmp_path: Path) -> None:
         materialise(smaller, store, Recipe("last", (3,)))
 
 
-@both_models
-def test_merged_adapters_compute_what_the_sum_of_their_products_does(
-    factory: Factory, tmp_path: Path
-) -> None:
-    policy = adapted(factory)
-    store = adapter_trajectory(policy, tmp_path)
-    materialise(policy, store, MERGE)
-    dense = linear_merge(dense_states(store, factory), torch.tensor(WEIGHTS))
-    expected = dense_logits(dense, factory)
-    assert_computes(policy, expected)
-    assert (logits(base_of(factory)) - expected).abs().max() > 0.05
-
-
-def test_merged_adapters_are_those_that_peft_concatenates(tmp_path: Path) -> None:
-    policy = adapted()
-    store = adapter_trajectory(policy, tmp_path)
-    materialise(policy, store, MERGE)
-    folders = [store.folder(index) / "adapter" for index in range(3)]
-    theirs = PeftModel.from_pretrained(base_of(tiny_llama), folders[0], adapter_name="0")
-    for index in (1, 2):
-        theirs.load_adapter(folders[index], adapter_name=str(index))
-    theirs.add_weighted_adapter(["0", "1", "2"], list(WEIGHTS), "all", combination_type="cat")
-    theirs.set_adapter("all")
-    assert_computes(policy, logits(theirs))
-
-
-def test_averaging_a_and_b_apart_would_be_another_function(tmp_path: Path) -> None:
-    policy = adapted()
-    store = adapter_trajectory(policy, tmp_path)
-    materialise(policy, store, MERGE)
-    merged = logits(policy)
-    materialise(policy, store, Recipe("last", (0,)))
-    averaged = linear_merge([dict(s) for s in store.sources(MERGE)], torch.tensor(WEIGHTS))
-    for name, parameter in policy.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(averaged[name.replace(".default.", ".")])
-    assert (logits(policy) - merged).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("grouping", ["layer", "block", "tensor"])
 def test_grouped_coefficients_of_adapters_are_those_of_their_products(
     grouping: str, tmp_path: Path
@@ -223,24 +126,6 @@ def test_grouped_coefficients_of_adapters_are_those_of_their_products(
         row = rows[merge.group_of[factor]] if factor in merge.group_of else torch.ones(3) / 3
         parameter.data = sum(c * s[name].detach() for c, s in zip(row, states, strict=True))
     assert_computes(policy, logits(dense))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_rslora": True},
-        {"alpha_pattern": {"q_proj": 8}},
-        {"rank_pattern": {"q_proj": 4, "down_proj": 1}},
-    ],
-)
-def test_the_scale_and_rank_of_every_adapted_layer_are_kept(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    policy = adapted(**settings)
-    store = adapter_trajectory(policy, tmp_path)
-    materialise(policy, store, MERGE)
-    expected = dense_logits(linear_merge(dense_states(store), torch.tensor(WEIGHTS)))
-    assert_computes(policy, expected)
 
 
 def test_one_snapshot_restores_the_adapter_bit_for_bit_and_leaves_one(tmp_path: Path) -> None:
@@ -261,17 +146,6 @@ def test_one_snapshot_restores_the_adapter_bit_for_bit_and_leaves_one(tmp_path: 
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
-
-
-def test_a_merge_after_a_merge_takes_its_place(tmp_path: Path) -> None:
-    policy = adapted()
-    store = adapter_trajectory(policy, tmp_path)
-    states = dense_states(store)
-    for snapshots, weights in (((0, 1), (0.4, 0.6)), ((0, 1, 2), WEIGHTS), ((1, 2), (1.5, -0.5))):
-        materialise(policy, store, Recipe("learned", snapshots, (weights,)))
-        chosen = [states[index] for index in snapshots]
-        expected = dense_logits(linear_merge(chosen, torch.tensor(weights)))
-        assert_computes(policy, expected)
 
 
 def test_buffers_of_the_model_below_do_not_stand_in_the_way_of_adapters(tmp_path: Path) -> None:

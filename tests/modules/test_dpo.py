@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
-from math import cos, exp, log, pi
+from math import cos, exp, isnan, log, pi
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from tests.callbacks.recorder import Recorder
 from tests.models.tiny import PAD, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tpmm_pl.cli import main
 from tpmm_pl.data.batching import PairLoader
+from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import LoraSettings, PretrainedPolicy
+from tpmm_pl.models.load import PretrainedPolicy
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.modules.dpo import DPOModule, learning_rate_factor
 from tpmm_pl.types import InputError, Pair
@@ -107,6 +111,91 @@ def test_a_pair_counts_by_its_weight(llama: PretrainedPolicy) -> None:
         assert torch.allclose(parameter, other.policy.get_parameter(name), atol=1e-6), name
 
 
+def test_the_parts_of_a_weighted_sum_are_logged(llama: PretrainedPolicy) -> None:
+    recorder, alone = Recorder(), Recorder()
+    pairs = [replace(p, weight=0.5) for p in scored(llama, PAIRS)]
+    module = DPOModule(llama, SGD, loss={"sigmoid": 0.8, "sft": 0.25})
+    metrics = fit(module, pairs, batch_size=4, callbacks=[recorder]).callback_metrics
+    tokens = sum(len(p.chosen_ids) for p in pairs)
+    expected = {
+        "loss/sigmoid": log(2) / 2,
+        "loss/sft": -sum(p.ref_chosen_logps for p in pairs) / tokens / 2,
+    }
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, abs=1e-5)
+    total = 0.8 * expected["loss/sigmoid"] + 0.25 * expected["loss/sft"]
+    assert recorder.losses[0] == [pytest.approx(total, abs=1e-5)]
+    lone = fit(DPOModule(llama, SGD), pairs, batch_size=4, callbacks=[alone]).callback_metrics
+    assert alone.losses[0] == [pytest.approx(expected["loss/sigmoid"], abs=1e-6)]
+    assert not any(name.startswith("loss/") for name in lone)
+
+
+@pytest.mark.parametrize("loss", ["simpo", "orpo", "sft", {"simpo": 1.0, "sft": 0.1}])
+def test_a_reference_free_loss_says_so_and_reads_no_reference(
+    loss: str | dict[str, float], llama: PretrainedPolicy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    under_start = scored(llama, PAIRS)
+    with_reference, without = Recorder(), Recorder()
+    fit(DPOModule(llama, SGD, loss=loss), under_start, callbacks=[with_reference])
+    capsys.readouterr()
+    module = DPOModule(llama, SGD, loss=loss, beta=0.5)
+    fit(module, PAIRS, callbacks=[Recorder()])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "reference" in line]
+    name = loss if isinstance(loss, str) else "simpo + sft"
+    assert line == f"loss {name}: reference-free, no reference log-probabilities are used"
+    assert not module.needs_reference
+
+    fit(DPOModule(llama, SGD, loss=loss), PAIRS, callbacks=[without])
+    assert without.losses == with_reference.losses
+    assert not any(isnan(value) for value in without.losses[0])
+
+    module = DPOModule(llama, SGD, loss=loss, beta=0.5)
+    metrics = fit(module, PAIRS, batch_size=4).callback_metrics
+    assert not any(isnan(float(value)) for value in metrics.values())
+    # the implicit reward is beta times the log-probability a token
+    by_token = [p.ref_chosen_logps / len(p.chosen_ids) for p in under_start]
+    expected = 0.5 * sum(by_token) / len(by_token)
+    assert float(metrics["rewards/chosen"]) == pytest.approx(expected, abs=1e-5)
+    whole = sum(p.ref_rejected_logps for p in under_start) / len(under_start)
+    assert float(metrics["logps/rejected"]) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_loss_with_a_reference_says_nothing(
+    llama: PretrainedPolicy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = DPOModule(llama, SGD, loss=["simpo", "sigmoid"])
+    fit(module, scored(llama, PAIRS))
+    assert module.needs_reference
+    assert "reference" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("apo_zero", "apo_zero"),
+        ("[sigmoid, bco_pair, sft]", ["sigmoid", "bco_pair", "sft"]),
+        ("{sigmoid: 0.8, sft: 1}", {"sigmoid": 0.8, "sft": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_a_loss_is_read_from_the_command_line_and_from_a_file(
+    written: str,
+    read: object,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overlay = tmp_path / "loss.yaml"
+    overlay.write_text(f"model:\n  init_args:\n    loss: {written}\n")
+    flags = ["--config", str(overlay)] if place == "file" else ["--model.loss", written]
+    base = ["tpmm", "fit", "--config", "configs/preferences.yaml"]
+    monkeypatch.setattr(sys, "argv", [*base, *flags, "--print_config"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["loss"] == read
+
+
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [
@@ -197,6 +286,9 @@ def test_only_what_trains_has_an_optimizer(llama: PretrainedPolicy) -> None:
         ({"warmup": 1.5}, r"warmup is 1.5; it is a share of a round's steps, in \[0, 1\]"),
         ({"beta": 0.0}, "beta is 0.0; it must be positive"),
         ({"label_smoothing": 0.1}, "'sigmoid' does not use label_smoothing 0.1"),
+        ({"simpo_gamma": 0.5}, "'sigmoid' does not use simpo_gamma 0.5; choose simpo"),
+        ({"loss": ["simpo"], "discopop_tau": 0.5}, "'simpo' does not use discopop_tau 0.5"),
+        ({"loss": {"sigmoid": 1.0, "stf": 0.1}}, "unknown loss 'stf'; did you mean sft"),
         ({"rounds": 0}, "rounds 0 and epochs_per_round 1 must be at least 1"),
         ({"epochs_per_round": 0}, "rounds 8 and epochs_per_round 0 must be at least 1"),
     ],

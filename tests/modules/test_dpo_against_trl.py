@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import random
 from copy import deepcopy
-from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.callbacks.recorder import Recorder
-from tests.models.tiny import PAD, WORDS, tiny_llama, tiny_tokenizer
-from tpmm_pl.data.batching import PairLoader
-from tpmm_pl.data.chat import tokenize_pairs
-from tpmm_pl.data.formats import RawPair
-from tpmm_pl.models.scoring import score_pairs
+from tests.models.tiny import tiny_llama, tiny_tokenizer
+from tests.modules.twenty_steps import (
+    ADAMW,
+    STEPS,
+    TRL_SETTINGS,
+    LargeStart,
+    Recorded,
+    Row,
+    fit,
+    preference_rows,
+    scored_under,
+    tokenized,
+)
 from tpmm_pl.modules.dpo import DPOModule
 from tpmm_pl.types import Pair
 
@@ -29,122 +30,38 @@ pytest.importorskip("trl")
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-STEPS, BATCH, BETA, RATE = 20, 4, 0.5, 2e-3
+BETA = 0.5
+METRICS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected"),
+)
 
-Row = dict[str, str]
-
-
-class LargeLlama:
-    """A start whose weights are large, so that twenty steps move it far from the reference."""
-
-    def prepare(self) -> None:
-        pass
-
-    def load_model(self) -> PreTrainedModel:
-        model = tiny_llama(seed=0)
-        for parameter in model.parameters():
-            parameter.data *= 3
-        return model
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return tiny_tokenizer()
-
-    def describe(self) -> dict[str, Any]:
-        return {}
+START = LargeStart(tiny_llama)
 
 
-class RecordedDPOTrainer(DPOTrainer):
-    """Keeps the loss of every step."""
-
-    losses: list[float]
-
-    def training_step(self, model: nn.Module, inputs: Any, *rest: Any) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[no-untyped-call]
-        self.losses.append(loss.item())
-        return loss
+class RecordedDPOTrainer(Recorded, DPOTrainer):
+    pass
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    generator = random.Random(0)
-
-    def words(count: int) -> str:
-        return " ".join(generator.choices(WORDS, k=count))
-
-    return [
-        {
-            "prompt": words(generator.randint(1, 6)) + " ",
-            "chosen": words(generator.randint(1, 8)),
-            "rejected": words(generator.randint(1, 8)),
-        }
-        for _ in range(STEPS * BATCH)
-    ]
+    return preference_rows()
 
 
 @pytest.fixture(scope="module")
 def pairs(rows: list[Row]) -> list[Pair]:
-    raw = [RawPair(row["prompt"], chosen=row["chosen"], rejected=row["rejected"]) for row in rows]
-    pairs, counts = tokenize_pairs(raw, tiny_tokenizer(), max_length=64)
-    assert not counts
-    return pairs
+    return scored_under(START.load_model(), tokenized(rows))
 
 
-def fit_ours(pairs: list[Pair], loss: str, smoothing: float) -> list[float]:
-    scored = scored_under(LargeLlama().load_model(), pairs)
-    module = DPOModule(
-        LargeLlama(),
-        partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0),
-        loss=loss,
-        beta=BETA,
-        label_smoothing=smoothing,
-    )
-    recorder = Recorder()
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=[recorder],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    loader = PairLoader(scored, batch_size=BATCH, pad_id=PAD, seed=0, epoch=0, shuffle=False)
-    trainer.fit(module, loader)
-    return recorder.losses[0]
-
-
-def scored_under(model: PreTrainedModel, pairs: list[Pair]) -> list[Pair]:
-    logps = score_pairs(model, pairs, pad_id=PAD, batch_size=16)
-    return [
-        Pair(**{**vars(pair), "ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
-        for pair, chosen, rejected in zip(
-            pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True
-        )
-    ]
-
-
-def fit_trl(rows: list[Row], loss: str, smoothing: float, out: Path) -> RecordedDPOTrainer:
-    model = LargeLlama().load_model()
+def fit_trl(rows: list[Row], weights: dict[str, float], smoothing: float, out: Path) -> Any:
+    model = START.load_model()
     arguments = DPOConfig(
         output_dir=str(out),
-        loss_type=[loss],
+        loss_type=list(weights),
+        loss_weights=list(weights.values()),
         beta=BETA,
         label_smoothing=smoothing,
-        max_length=64,
-        num_train_epochs=1,
-        per_device_train_batch_size=BATCH,
-        train_sampling_strategy="sequential",
-        optim="adamw_torch",
-        learning_rate=RATE,
-        weight_decay=0.0,  # transformers would leave the norms out of it
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+        **TRL_SETTINGS,
     )
     trainer = RecordedDPOTrainer(
         model,
@@ -159,30 +76,39 @@ def fit_trl(rows: list[Row], loss: str, smoothing: float, out: Path) -> Recorded
 
 
 @pytest.mark.parametrize(
-    ("loss", "trls_name", "smoothing", "first"),
+    ("weights", "smoothing", "first"),
     [
-        ("sigmoid", "sigmoid", 0.0, log(2)),
-        ("rdpo", "robust", 0.1, log(2)),
-        ("ipo", "ipo", 0.0, (1 / (2 * BETA)) ** 2),
+        ({"sigmoid": 1.0}, 0.0, log(2)),
+        ({"robust": 1.0}, 0.1, log(2)),
+        ({"ipo": 1.0}, 0.0, (1 / (2 * BETA)) ** 2),
+        ({"hinge": 1.0}, 0.0, 1.0),
+        ({"apo_zero": 1.0}, 0.0, 1.0),
+        ({"sppo_hard": 1.0}, 0.0, 1 / (2 * BETA**2)),
+        ({"sigmoid": 0.8, "bco_pair": 0.2, "sft": 0.1}, 0.0, None),
     ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
 def test_twenty_steps_cost_what_trls_do(
     rows: list[Row],
     pairs: list[Pair],
     tmp_path: Path,
-    loss: str,
-    trls_name: str,
+    weights: dict[str, float],
     smoothing: float,
-    first: float,
+    first: float | None,
 ) -> None:
-    trainer = fit_trl(rows, trls_name, smoothing, tmp_path)
-    fed: Any = trainer.train_dataset
-    for row, pair in zip(fed, pairs, strict=True):
+    trainer = fit_trl(rows, weights, smoothing, tmp_path)
+    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
         assert row["prompt_ids"] == list(pair.prompt_ids)
         assert row["chosen_ids"] == list(pair.chosen_ids)
         assert row["rejected_ids"] == list(pair.rejected_ids)
-    ours = fit_ours(pairs, loss, smoothing)
-    assert len(ours) == STEPS
-    assert ours[0] == pytest.approx(first, abs=1e-5)
-    assert max(abs(value - first) for value in ours) > 0.05, "the policy has moved"
-    assert ours == pytest.approx(trainer.losses, abs=1e-5)
+    module = DPOModule(START, ADAMW, loss=weights, beta=BETA, label_smoothing=smoothing)
+    ours = fit(module, pairs)
+    losses = [step["loss"] for step in ours]
+    if first is not None:
+        assert losses[0] == pytest.approx(first, abs=1e-5)
+    assert max(abs(value - losses[0]) for value in losses) > 0.05, "the policy has moved"
+    # relative above 1: a squared loss of 10 nats is known to 1e-6 of itself in float32
+    assert losses == pytest.approx(trainer.losses, abs=1e-5, rel=1e-5)
+    for name in METRICS:
+        theirs = [step[name] for step in trainer.state.log_history[:STEPS]]
+        assert [step[name] for step in ours] == pytest.approx(theirs, abs=1e-4), name

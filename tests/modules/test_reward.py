@@ -14,8 +14,8 @@ from tests.models.tiny import PAD, tiny_reward_model, tiny_tokenizer
 from tpmm_pl.data.batching import PairLoader, collate
 from tpmm_pl.data.rewards import evaluation_loaders
 from tpmm_pl.losses import bradley_terry_loss
+from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import LoraSettings
 from tpmm_pl.models.reward import PretrainedReward, RewardScorer
 from tpmm_pl.modules.pair_validation import (
     pair_metrics,

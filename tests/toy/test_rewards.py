@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpmm_pl.pairing import LabelNoise
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.toy.judges import LettersGold, LettersProxy
 from tpmm_pl.toy.letters import OPERATIONS, family
 from tpmm_pl.toy.rewards import LettersReward, answer_pairs

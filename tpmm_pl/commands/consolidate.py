@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tpmm_pl.commands.output import refuse_existing, report
 from tpmm_pl.data.batching import collate, fuse_loader, length_sorted_batches, pad_rows
 from tpmm_pl.data.rewards import read_reward_pairs
+from tpmm_pl.data.table import join
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.models.load import load_reward_model
 from tpmm_pl.models.moe_checkpoint import is_moe_folder
@@ -80,7 +81,9 @@ def consolidate_model(
     fabric = Fabric(accelerator="auto", devices=1)
     model, tokenizer = load_reward_model(str(directory), dtype=dtype)
     fabric.to_device(model)
-    known = [] if pairs is None else read_reward_pairs(pairs, tokenizer, max_length=max_length)
+    known = join()
+    if pairs is not None:
+        known = read_reward_pairs(pairs, tokenizer, max_length=max_length)
     if pairs is not None and not known:
         raise InputError(f"{pairs} leaves no pair at --max_length {max_length}; give others")
     pad_id = int(tokenizer.pad_token_id)

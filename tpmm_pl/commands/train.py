@@ -85,7 +85,8 @@ class RunCLI(LightningCLI):
 
     def _validate_last_step(self) -> None:
         # a fit that max_steps ends within an epoch has no validation of its own there
-        shown = [c for c in self.trainer.callbacks if isinstance(c, RewardEvaluation)]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        shown = [c for c in callbacks if isinstance(c, RewardEvaluation)]
         last = self.trainer.global_step
         if self.trainer.limit_val_batches and any(c.measured_step < last for c in shown):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)

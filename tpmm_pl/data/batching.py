@@ -7,10 +7,12 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from tpmm_pl.data.table import longest_rows
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import IGNORE_INDEX, InputError, Pair, PairBatch, PairLogps
 
@@ -25,6 +27,7 @@ def collate(pairs: Sequence[Pair], pad_id: int) -> PairBatch:
     Returns:
         ``N = 2 B`` right-padded rows; labels are the completions' own tokens.
     """
+    pairs = list(pairs)  # once: a table makes its pairs when they are asked for
     rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
     input_ids, attention_mask, labels = pad_rows(rows, pad_id)
@@ -50,14 +53,15 @@ def pad_rows(
         Token ids, attention mask and labels, each ``(N, T)`` int64; only completions are labelled.
     """
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids, mask, labels = [], [], []
-    for prompt, completion in rows:
-        used = len(prompt) + len(completion)
-        ids.append([*prompt, *completion, *[pad_id] * (length - used)])
-        mask.append([1] * used + [0] * (length - used))
-        unlabelled = [IGNORE_INDEX] * (length - used)
-        labels.append([*[IGNORE_INDEX] * len(prompt), *completion, *unlabelled])
-    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
+    shape = (len(rows), length)
+    ids, mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX)
+    for row, (prompt, completion) in enumerate(rows):
+        begin, end = len(prompt), len(prompt) + len(completion)
+        ids[row, :end] = prompt + completion
+        mask[row, :end] = 1
+        labels[row, begin:end] = completion
+    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
 
 
 def length_sorted_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
@@ -72,7 +76,7 @@ def length_sorted_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[i
     Returns:
         Indices into ``pairs``; every index occurs once.
     """
-    order = sorted(range(len(pairs)), key=lambda index: (-_longest(pairs[index]), index))
+    order = np.argsort(-longest_rows(pairs), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -248,7 +252,3 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 def _floats(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-def _longest(pair: Pair) -> int:
-    return len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import NamedTuple
+from itertools import compress
+from math import isnan, nan
+from operator import not_
+from typing import TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tpmm_pl.data.formats import Content, Message, RawPair, RawPrompt
+from tpmm_pl.data.encoding import (
+    encode,
+    encode_all,
+    encode_pairs,
+    encode_plain_prompts,
+    ended,
+    unended,
+)
+from tpmm_pl.data.formats import RawPair, RawPrompt
+from tpmm_pl.data.templates import PairTexts, pair_texts, prompt_text, render
+from tpmm_pl.data.truncation import Ids, PairIds, truncate_pair, truncate_prompt, unusable
 from tpmm_pl.types import Completion, InputError, Pair, Prompt
 
-Ids = tuple[int, ...]
+Row = TypeVar("Row", bound=RawPrompt)
 
-
-class _Answer(NamedTuple):
-    text: str
-    ids: Ids
+# a token's encoding takes some hundred bytes until its id is taken out of it
+_ROWS_A_CALL = 512
 
 
 def prompt_id(text: str) -> str:
@@ -33,82 +42,80 @@ def tokenize_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    truncation: str = "keep_end",
     whole_turns: bool = False,
 ) -> tuple[list[Pair], Counter[str]]:
     """Apply template and tokenizer; ``prompt_ids + chosen_ids`` is what the model sees.
 
-    Completions end in the end-of-sequence token exactly once, unless they are cut off. A prompt
-    over its budget keeps its end, a completion its start; the texts stay whole.
+    Completions end in the end-of-sequence token exactly once, unless they are cut off; tokens
+    that a row brings are taken as they are. A prompt over its budget keeps one of its ends, a
+    completion its start; the texts stay whole. Reference log-probabilities of a row that was cut
+    are left out.
 
     Args:
-        rows: Plain or conversational pairs.
+        rows: Plain, conversational or tokenised pairs.
         tokenizer: The policy's; with a chat template for conversations.
         max_length: Tokens of prompt and completion together.
         max_prompt_length: Tokens of the prompt; ``None``: up to ``max_length``.
+        truncation: Which part of a prompt over its budget stays: ``keep_end`` or ``keep_start``.
         whole_turns: As :func:`judged_ids` reads: plain texts are turns where there is a template,
             and what it writes behind an answer, often a newline, is kept.
 
     Returns:
-        The pairs that are left, and counts of what was cut off or dropped, by reason.
+        The pairs that are left, and counts of the rows that were cut or dropped, by reason.
 
     Raises:
         InputError: If the tokenizer has no end-of-sequence token or no template, or the template
-            does not show a prompt as the beginning of its conversation.
+            does not show a prompt as the beginning of its conversation; if a row's token is not in
+            the vocabulary; or if there is no such truncation.
     """
-    budget = max_length if max_prompt_length is None else min(max_prompt_length, max_length)
     pairs, counts = [], Counter[str]()
-    for given in rows:
-        row = _as_turns(given) if whole_turns and tokenizer.chat_template else given
-        text, ids = _prompt(row, tokenizer)
-        chosen, rejected = (
-            _answer(row, text, ids, answer, tokenizer, whole_turns)
-            for answer in (row.chosen, row.rejected)
-        )
-        kept = _keep_end(ids, budget)
-        room = max_length - len(kept)
-        counts["prompts cut off"] += len(kept) < len(ids)
-        if not kept or room == 0:
-            reason = "completion empty after truncation" if kept else "prompt without tokens"
+    for row, texts, whole in _tokenized(rows, tokenizer, whole_turns):
+        ids = truncate_pair(whole, max_length, max_prompt_length, truncation)
+        if reason := unusable(ids, whole):
             counts[f"dropped: {reason}"] += 1
             continue
-        if chosen.ids[:room] == rejected.ids[:room]:
-            counts["dropped: chosen and rejected have the same tokens"] += 1
-            continue
-        counts["completions cut off"] += sum(len(one.ids) > room for one in (chosen, rejected))
-        pairs.append(
-            Pair(
-                prompt_id=prompt_id(text),
-                prompt=text,
-                chosen=chosen.text,
-                rejected=rejected.text,
-                prompt_ids=kept,
-                chosen_ids=chosen.ids[:room],
-                rejected_ids=rejected.ids[:room],
-                score_chosen=row.score_chosen,
-                score_rejected=row.score_rejected,
-                margin=row.margin,
-            )
-        )
+        cut = ids != whole
+        counts["prompts cut off"] += ids.prompt != whole.prompt
+        counts["completions cut off"] += ids[1:] != whole[1:]
+        counts["reference log-probabilities left out"] += cut and _is_scored(row)
+        pairs.append(_pair(row, texts, ids, scored=not cut))
     return pairs, +counts
 
 
 def tokenize_prompts(
-    rows: Sequence[RawPrompt], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int
+    rows: Sequence[RawPrompt],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    truncation: str = "keep_end",
 ) -> list[Prompt]:
-    """Apply template and tokenizer to prompts; a prompt over the budget keeps its end.
+    """Apply template and tokenizer to prompts.
+
+    Args:
+        rows: Plain or conversational prompts.
+        tokenizer: The policy's; with a chat template for conversations.
+        max_prompt_length: Tokens of a prompt.
+        truncation: Which part of a prompt over its budget stays: ``keep_end`` or ``keep_start``.
 
     Raises:
         InputError: If the tokenizer has no template for a conversation, or makes no token of a
-            prompt.
+            prompt; or if there is no such truncation.
     """
     prompts = []
-    for row in rows:
-        text, ids = _prompt(row, tokenizer)
-        if not ids:
-            raise InputError(f"{row.where}: the tokenizer makes no token of the prompt; delete it")
-        messages = None if isinstance(row.prompt, str) else row.prompt
-        kept = _keep_end(ids, max_prompt_length)
-        prompts.append(Prompt(prompt_id(text), text, kept, messages))
+    for block in _blocks(rows):
+        texts = [prompt_text(row, tokenizer) for row in block]
+        plain = [isinstance(row.prompt, str) for row in block]
+        own = encode_plain_prompts(compress(texts, plain), tokenizer)
+        written = encode_all(compress(texts, map(not_, plain)), tokenizer)
+        for row, text, is_plain in zip(block, texts, plain, strict=True):
+            whole = own[text] if is_plain else written[text]
+            if not whole:
+                raise InputError(
+                    f"{row.where}: the tokenizer makes no token of the prompt; delete it"
+                )
+            ids = truncate_prompt(whole, max_prompt_length, truncation)
+            messages = None if isinstance(row.prompt, str) else row.prompt
+            prompts.append(Prompt(prompt_id(text), text, ids, messages))
     return prompts
 
 
@@ -122,111 +129,104 @@ def judged_ids(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Id
     if tokenizer.chat_template:
         messages = prompt.messages or ({"role": "user", "content": prompt.text},)
         answer = {"role": "assistant", "content": completion.text}
-        return _encode(_render((*messages, answer), tokenizer, prompt.prompt_id), tokenizer)
-    _, ids = _prompt(RawPrompt(prompt.text), tokenizer)
-    own = _encode(completion.text, tokenizer)
+        return encode(render((*messages, answer), tokenizer, prompt.prompt_id), tokenizer)
+    ids = encode_plain_prompts([prompt.text], tokenizer)[prompt.text]
+    own = encode(completion.text, tokenizer)
     ends = completion.finished and tokenizer.eos_token_id is not None
-    return (*ids, *(_ended(own, tokenizer) if ends else own))
+    return (*ids, *(ended(own, tokenizer.eos_token_id) if ends else own))
 
 
-def _as_turns(row: RawPair) -> RawPair:
-    if not isinstance(row.prompt, str):
-        return row
-    asked: Message = {"role": "user", "content": row.prompt}
-    chosen, rejected = (
-        ({"role": "assistant", "content": str(answer)},) for answer in (row.chosen, row.rejected)
-    )
-    return replace(row, prompt=(asked,), chosen=chosen, rejected=rejected)
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
+    """Refuse a tokenizer that knows tokens beyond the model's embedding.
+
+    Args:
+        tokenizer: The policy's.
+        embedding_rows: How many tokens the model has embeddings of; more than there are tokens
+            is usual.
+
+    Raises:
+        InputError: If the tokenizer's highest token has no row.
+    """
+    size = _vocabulary_size(tokenizer)
+    if size > embedding_rows:
+        raise InputError(
+            f"the tokenizer has {size} tokens, the model's embedding only {embedding_rows} rows;"
+            " give the tokenizer that belongs to the model, or enlarge the embedding with"
+            f" model.resize_token_embeddings({size}) and save the model"
+        )
 
 
-def _prompt(row: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Ids]:
-    if not isinstance(row.prompt, str):
-        text = _render(row.prompt, tokenizer, row.where, answer_next=True)
-        return text, _encode(text, tokenizer)
-    bare = _encode(row.prompt, tokenizer)
-    ids = _encode(row.prompt, tokenizer, special=True)
-    # some tokenizers close every text; a prompt goes on
-    if bare and len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id != bare[-1]:
-        ids = ids[:-1]
-    return row.prompt, ids
+def _tokenized(
+    rows: Sequence[RawPair], tokenizer: PreTrainedTokenizerBase, whole_turns: bool
+) -> Iterator[tuple[RawPair, PairTexts, PairIds]]:
+    size = _vocabulary_size(tokenizer)
+    for block in _blocks(rows):
+        texts = [
+            _made_texts(row, tokenizer, whole_turns)
+            if row.ids is None
+            else _given_texts(PairIds(*row.ids), row.where, tokenizer, size)
+            for row in block
+        ]
+        made = [text for row, text in zip(block, texts, strict=True) if row.ids is None]
+        encoded = encode_pairs(made, tokenizer, whole_turns=whole_turns)
+        for row, text in zip(block, texts, strict=True):
+            yield row, text, encoded[text] if row.ids is None else PairIds(*row.ids)
 
 
-def _answer(
-    row: RawPair,
-    prompt: str,
-    ids: Ids,
-    answer: Content,
-    tokenizer: PreTrainedTokenizerBase,
-    whole_turns: bool,
-) -> _Answer:
+def _made_texts(row: RawPair, tokenizer: PreTrainedTokenizerBase, whole_turns: bool) -> PairTexts:
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-sequence token, so completions could not end;"
             " set eos_token in tokenizer_config.json"
         )
-    if isinstance(answer, str) or isinstance(row.prompt, str):
-        text = str(answer)
-        return _Answer(text, _ended(_encode(text, tokenizer), tokenizer))
-    whole = _render((*row.prompt, *answer), tokenizer, row.where)
-    if not whole.startswith(prompt):
-        raise InputError(
-            f"{row.where}: the chat template writes the prompt differently once it is answered, so"
-            " the completion cannot be told from it; give a chat_template without such a step"
-            " (often one that adds or removes reasoning)"
-        )
-    text = whole[len(prompt) :]
-    if not whole_turns:
-        text = _without_end(text, str(tokenizer.eos_token))
-    together = _encode(prompt + text, tokenizer)
-    # tokens can span the border; the prompt's own are what a completion is sampled behind
-    fits = together[: len(ids)] == ids
-    own = together[len(ids) :] if fits else _encode(text, tokenizer)
-    return _Answer(text, own if whole_turns else _ended(own, tokenizer))
+    return pair_texts(row, tokenizer, whole_turns=whole_turns)
 
 
-def _render(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    *,
-    answer_next: bool = False,
-) -> str:
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{where} is a conversation, but the tokenizer has no chat template;"
-            " give one with chat_template, or use plain texts"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=answer_next,
-        )
-    except TemplateError as error:
-        raise InputError(
-            f"{where}: the chat template refuses the conversation ({error}); change the row, or"
-            " give another chat_template"
-        ) from error
-    return str(text)
+def _given_texts(
+    ids: PairIds, where: str, tokenizer: PreTrainedTokenizerBase, size: int
+) -> PairTexts:
+    for name, tokens in zip(ids._fields, ids, strict=True):
+        for token in tokens:
+            if not 0 <= token < size:
+                raise InputError(
+                    f"{where}: {name}_ids has the token {token}, the tokenizer's vocabulary {size}"
+                    " tokens; give the tokenizer that made the ids, or texts instead of ids"
+                )
+    end = tokenizer.eos_token_id
+    prompt, chosen, rejected = (
+        str(tokenizer.decode(list(one), clean_up_tokenization_spaces=False))
+        for one in (ids.prompt, unended(ids.chosen, end), unended(ids.rejected, end))
+    )
+    return PairTexts(prompt, chosen, rejected)
 
 
-def _without_end(text: str, end: str) -> str:
-    # templates close a turn with the end token and a newline, a model stops at the token
-    head, found, tail = text.rpartition(end)
-    return head if found and not tail.strip() else text
+def _pair(row: RawPair, texts: PairTexts, ids: PairIds, *, scored: bool) -> Pair:
+    return Pair(
+        prompt_id=prompt_id(texts.prompt),
+        prompt=texts.prompt,
+        chosen=texts.chosen,
+        rejected=texts.rejected,
+        prompt_ids=ids.prompt,
+        chosen_ids=ids.chosen,
+        rejected_ids=ids.rejected,
+        score_chosen=row.score_chosen,
+        score_rejected=row.score_rejected,
+        weight=row.weight,
+        ref_chosen_logps=row.ref_chosen_logps if scored else nan,
+        ref_rejected_logps=row.ref_rejected_logps if scored else nan,
+        margin=row.margin,
+    )
 
 
-def _ended(ids: Ids, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    end = int(tokenizer.eos_token_id)
-    while ids and ids[-1] == end:
-        ids = ids[:-1]
-    return (*ids, end)
+def _is_scored(row: RawPair) -> bool:
+    return not (isnan(row.ref_chosen_logps) and isnan(row.ref_rejected_logps))
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> Ids:
-    # verbose off: lengths above the model's are cut here, by the budgets
-    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+def _vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    # added tokens can leave gaps, so there may be ids above the number of tokens
+    return max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=-1))
 
 
-def _keep_end(ids: Ids, length: int) -> Ids:
-    return ids[max(len(ids) - length, 0) :]
+def _blocks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), _ROWS_A_CALL):
+        yield rows[start : start + _ROWS_A_CALL]

@@ -1,29 +1,36 @@
-"""Preference data and prompts in the shapes people keep them in."""
+"""Rows in the shapes people keep them in become pairs and prompts."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, nan
+from functools import partial
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from tpmm_pl.data.columns import (
+    Ids,
+    Tools,
+    margin,
+    reference_logps,
+    scores,
+    token_ids,
+    tools,
+    weight,
+)
+from tpmm_pl.data.messages import WAY_OUT, Content
+from tpmm_pl.data.messages import Message as Message  # under its old address too
+from tpmm_pl.data.rankings import pair_rows
+from tpmm_pl.data.report import DataReport
+from tpmm_pl.data.shapes import pair_contents, prompt_contents
+from tpmm_pl.data.sources import DataSource, located_rows
 from tpmm_pl.types import InputError
 
-Message = Mapping[str, str]
-"""One turn: ``role`` and ``content``."""
+T = TypeVar("T")
 
-Content = str | tuple[Message, ...]
-"""Plain text, or the turns of a conversation."""
-
-_WAY_OUT = (
-    'a line is {"prompt": .., "chosen": .., "rejected": ..}, either three texts'
-    ' or three lists of {"role": .., "content": ..}'
-)
+IDENTICAL = "chosen and rejected identical"
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class RawPrompt:
     prompt: Content
     where: str = field(default="", compare=False)
     """File and line, for messages."""
+    tools: Tools | None = field(default=None, kw_only=True)
+    """JSON schemas for the chat template."""
 
 
 @dataclass(frozen=True)
@@ -44,219 +53,157 @@ class RawPair(RawPrompt):
     score_chosen: float = nan
     score_rejected: float = nan
     margin: float = 0.0
+    weight: float = 1.0
+    ref_chosen_logps: float = nan
+    """Nats, under a reference of the user's; NaN where the row does not tell."""
+    ref_rejected_logps: float = nan
+    ids: tuple[Ids, Ids, Ids] | None = None
+    """Prompt, chosen and rejected of a pre-tokenised row, whose texts are empty here."""
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether nothing is preferred: both answers are the same."""
+        if self.ids is not None:
+            return self.ids[1] == self.ids[2]
+        return self.chosen == self.rejected
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a ``.jsonl``, ``.jsonl.gz`` or ``.json`` (list) file.
+def preferences(source: DataSource, report: DataReport) -> Iterator[RawPair]:
+    """Read the pairs of a source lazily.
+
+    Args:
+        source: Rows of any shape :func:`to_preference` takes, or rankings.
+        report: Counts the pairs read, and those dropped or bad.
+
+    Yields:
+        The pairs in the source's order.
 
     Raises:
-        InputError: If the file is missing or unreadable, or a line is not a JSON object.
+        InputError: If the source cannot be read; if more rows are bad than the report allows; or
+            if no pair is left.
     """
-    return [row for _, row in _located_rows(path)]
+    label, kept = source.label, 0
+    spread = partial(_pairs, pairing=source.pairing)
+    for pairs, dropped in _converted(source, report, spread):
+        dropped[IDENTICAL] = sum(pair.is_identical for pair in pairs)
+        report.read(label, len(pairs) + dropped.total() - dropped[IDENTICAL])
+        for reason, count in (+dropped).items():
+            report.drop(label, reason, count)
+        for pair in pairs:
+            if not pair.is_identical:
+                kept += 1
+                yield pair
+    if not kept:
+        why = dict(report.dropped(label))
+        raise InputError(f"{label} holds no usable pair (dropped: {why}); {WAY_OUT}")
+
+
+def prompts(source: DataSource, report: DataReport) -> Iterator[RawPrompt]:
+    """Read the prompts of a source lazily.
+
+    Args:
+        source: Rows of any shape :func:`to_prompt` takes.
+        report: Counts the prompts read, and the bad rows.
+
+    Yields:
+        The prompts in the source's order.
+
+    Raises:
+        InputError: If the source cannot be read; if more rows are bad than the report allows; or
+            if no prompt is left.
+    """
+    label, kept = source.label, 0
+    for prompt in _converted(source, report, to_prompt):
+        report.read(label)
+        kept += 1
+        yield prompt
+    if not kept:
+        raise InputError(f'{label} holds no prompt; a line is {{"prompt": "text or messages"}}')
+
+
+def to_preference(row: Mapping[str, Any], where: str) -> RawPair:
+    r"""Turn a row into a pair.
+
+    Read are plain texts; lists of messages; lists of messages that begin with the same turns,
+    which then are the prompt (a ``prompt`` text beside them only names it); texts without a
+    prompt that begin with the same words, or with the same turns of the form
+    ``"\n\nHuman: .. \n\nAssistant: .."``; and token ids.
+
+    Beside them ``score_chosen`` and ``score_rejected`` are kept where they are numbers;
+    ``margin``, ``weight``, ``ref_chosen_logps`` and ``ref_rejected_logps`` must be numbers where
+    they are there; ``system`` is the first turn of a conversation and ``tools`` its functions.
+
+    Args:
+        row: The fields of one pair.
+        where: File and line, for messages.
+
+    Raises:
+        InputError: If a field is missing, empty, or of another type than its neighbours.
+    """
+    ids = token_ids(row, where)
+    prompt, chosen, rejected = ("", "", "") if ids else pair_contents(row, where)
+    return RawPair(
+        prompt,
+        where,
+        chosen,
+        rejected,
+        *scores(row),
+        margin(row, where),
+        weight(row, where),
+        *reference_logps(row, where),
+        ids,
+        tools=tools(row, where),
+    )
+
+
+def to_prompt(row: Mapping[str, Any], where: str) -> RawPrompt:
+    """Turn a row into a prompt.
+
+    Read are ``prompt`` (text or messages); ``messages``, without the answers at their end; and the
+    prompt of a pair that :func:`to_preference` takes.
+
+    Args:
+        row: The fields of one prompt.
+        where: File and line, for messages.
+
+    Raises:
+        InputError: If there is no prompt, or it is answered already.
+    """
+    return RawPrompt(prompt_contents(row, where), where, tools=tools(row, where))
 
 
 def read_preferences(path: Path) -> tuple[list[RawPair], Counter[str]]:
-    """Read preference data.
-
-    Args:
-        path: A file :func:`read_rows` reads; each row as :func:`to_preference` takes it.
+    """Read the pairs of a file into memory.
 
     Returns:
         The pairs in the file's order, and how many rows were dropped for which reason.
 
     Raises:
-        InputError: As :func:`read_rows` and :func:`to_preference`; or if no pair is left.
+        InputError: As :func:`preferences`.
     """
-    pairs, dropped = [], Counter[str]()
-    for where, row in _located_rows(path):
-        pair = to_preference(row, where)
-        if pair.chosen == pair.rejected:
-            dropped["chosen and rejected identical"] += 1
+    report = DataReport()
+    pairs = list(preferences(DataSource(str(path)), report))
+    return pairs, report.dropped(str(path))
+
+
+def _pairs(row: Mapping[str, Any], where: str, pairing: str) -> tuple[list[RawPair], Counter[str]]:
+    rows, dropped = pair_rows(row, where, pairing)
+    return [to_preference(pair, where) for pair in rows], dropped
+
+
+def _converted(
+    source: DataSource, report: DataReport, convert: Callable[[Mapping[str, Any], str], T]
+) -> Iterator[T]:
+    def refuse(error: InputError) -> None:
+        report.read(source.label)
+        report.bad(error, source.label)
+
+    for where, row in located_rows(source, refuse):
+        try:
+            converted = convert(row, where)
+        except InputError as error:
+            refuse(error)
+        except RecursionError:
+            refuse(InputError(f"{where}: a field is nested too deeply; delete the row"))
         else:
-            pairs.append(pair)
-    if not pairs:
-        raise InputError(f"{path} holds no usable pair (dropped: {dict(dropped)}); {_WAY_OUT}")
-    return pairs, dropped
-
-
-def read_prompts(path: Path) -> list[RawPrompt]:
-    """Read prompts: rows with ``prompt`` (text or messages) or with bare ``messages``.
-
-    The answers that end ``messages`` are left out, so that chat data serves as prompts.
-
-    Raises:
-        InputError: As :func:`read_rows`; or if a row has no prompt, or no row is there.
-    """
-    prompts = []
-    for where, row in _located_rows(path):
-        if "prompt" in row:
-            prompt = _content(row, "prompt", where)
-        else:
-            prompt = _content(row, "messages", where)
-            if isinstance(prompt, str):
-                raise InputError(f"{where}: messages is a text; name a plain text 'prompt'")
-            while prompt and prompt[-1]["role"] == "assistant":
-                prompt = prompt[:-1]
-        _refuse_answered(prompt, where)
-        prompts.append(RawPrompt(prompt, where))
-    if not prompts:
-        raise InputError(f'{path} holds no prompt; a line is {{"prompt": "text or messages"}}')
-    return prompts
-
-
-def to_preference(row: Mapping[str, Any], where: str) -> RawPair:
-    """Turn a row into a pair.
-
-    Three shapes are read: plain texts; lists of messages; and lists of messages that begin with
-    the same turns, which then are the prompt (a ``prompt`` text beside them only names it).
-    ``score_chosen`` and ``score_rejected`` are kept where they are numbers; ``margin`` must be
-    one where it is there.
-
-    Args:
-        row: The fields ``prompt``, ``chosen`` and ``rejected``.
-        where: File and line, for messages.
-
-    Raises:
-        InputError: If a field is missing, empty, or of another type than its neighbours; or if
-            ``margin`` is no finite number.
-    """
-    chosen, rejected = (_content(row, name, where) for name in ("chosen", "rejected"))
-    prompt = _content(row, "prompt", where) if row.get("prompt") is not None else None
-    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
-        return RawPair(prompt, where, chosen, rejected, *_scores(row), _margin(row, where))
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        found = ", ".join(f"{name} {_kind(value)}" for name, value in kinds.items())
-        raise InputError(f"{where}: fields do not match ({found}); {_WAY_OUT}")
-    if not isinstance(prompt, tuple):
-        prompt, chosen, rejected = _shared_turns(chosen, rejected, where)
-    _refuse_answered(prompt, where)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if answer[0]["role"] != "assistant":
-            raise InputError(
-                f"{where}: {name} begins with the role {answer[0]['role']!r}, not 'assistant';"
-                " put the turns before the answer into prompt, or leave prompt out"
-            )
-    return RawPair(prompt, where, chosen, rejected, *_scores(row), _margin(row, where))
-
-
-def _located_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = _text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        numbered = [
-            (f"{path}, item {number}", item)
-            for number, item in enumerate(_parse(text, f"{path}"), 1)
-        ]
-    else:
-        # not splitlines: that also cuts at separators which are legal inside JSON strings
-        lines = enumerate(text.split("\n"), 1)
-        numbered = [
-            (f"{path}, line {number}", _parse(line, f"{path}, line {number}"))
-            for number, line in lines
-            if line.strip()
-        ]
-    for where, row in numbered:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: {_kind(row)} where an object belongs; {_WAY_OUT}")
-        yield where, row
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"no file {path}; check the path")
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".json")):
-        raise InputError(f"{path} is of no known kind; give .jsonl, .jsonl.gz or .json")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from error
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line"
-        ) from error
-
-
-def _content(row: Mapping[str, Any], name: str, where: str) -> Content:
-    value = row.get(name)
-    if value is None:
-        raise InputError(f"{where}: no field {name!r}, only {sorted(row)}; {_WAY_OUT}")
-    if not isinstance(value, str | list):
-        raise InputError(f"{where}: {name} is {_kind(value)}; {_WAY_OUT}")
-    if not value or (isinstance(value, str) and not value.strip()):
-        raise InputError(f"{where}: {name} is empty; fill it or delete the row")
-    if isinstance(value, str):
-        return value
-    return tuple(_message(turn, f"{where}: {name}[{index}]") for index, turn in enumerate(value))
-
-
-def _message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise InputError(f"{where} is {_kind(turn)}; a turn has 'role' and 'content'")
-    for name in ("role", "content"):
-        if not isinstance(turn.get(name), str):
-            raise InputError(f"{where}: {name} is {_kind(turn.get(name))}; it must be a text")
-    if not turn["content"].strip() and turn["role"] != "system":
-        raise InputError(f"{where}: content is empty; fill it or delete the row")
-    return {"role": turn["role"], "content": turn["content"]}
-
-
-def _shared_turns(
-    chosen: tuple[Message, ...], rejected: tuple[Message, ...], where: str
-) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
-    # the last turn is an answer even where both are the same
-    limit = min(len(chosen), len(rejected)) - 1
-    count = 0
-    while count < limit and chosen[count] == rejected[count]:
-        count += 1
-    if count == 0:
-        raise InputError(
-            f"{where}: chosen and rejected do not begin with the same turns, and there is no list"
-            " of messages as prompt; add one"
-        )
-    return chosen[:count], chosen[count:], rejected[count:]
-
-
-def _refuse_answered(prompt: Content, where: str) -> None:
-    if not prompt:
-        raise InputError(f"{where}: nothing is left to answer; add the user's turn")
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise InputError(f"{where}: prompt ends with the assistant; end it with the user's turn")
-
-
-def _scores(row: Mapping[str, Any]) -> tuple[float, float]:
-    chosen, rejected = (
-        float(value) if isinstance(value, int | float) and isfinite(value) else nan
-        for value in (row.get("score_chosen"), row.get("score_rejected"))
-    )
-    return chosen, rejected
-
-
-def _margin(row: Mapping[str, Any], where: str) -> float:
-    value = row.get("margin")
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise InputError(
-            f"{where}: margin is {value!r}; give a finite number, by how much the chosen reward is"
-            " to exceed the rejected one, or leave it out"
-        )
-    return float(value)
-
-
-def _kind(value: object) -> str:
-    kinds = {
-        type(None): "missing",
-        str: "a text",
-        tuple: "messages",
-        list: "a list",
-        dict: "an object",
-    }
-    return kinds.get(type(value), f"a {type(value).__name__}")
+            yield converted

@@ -1,21 +1,26 @@
-"""Data modules: a round's batches from disk, and where pairs and prompts come from."""
+"""Data modules: a round's batches from disk, and where its pairs come from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from tpmm_pl.data.batching import epoch_loader, fuse_loader
-from tpmm_pl.data.chat import tokenize_pairs, tokenize_prompts
-from tpmm_pl.data.formats import RawPair, read_preferences, read_prompts
+from tpmm_pl.data.cache import CACHE_DIR, Encoding
 from tpmm_pl.data.pairs import read_fuse_pool, read_pairs
-from tpmm_pl.data.splits import refuse_shared_prompts, shuffled_by_prompt, split_by_prompt
+from tpmm_pl.data.parts import Parts, TableRounds, ordered, split_parts, with_noise
+from tpmm_pl.data.prepare import Data, Preparation, announce, write_report
+from tpmm_pl.data.sources import as_sources
+from tpmm_pl.data.streams import PairStream
+from tpmm_pl.data.table import PairTable
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rounds import RoundSchedule, run_seed
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, Pair, Prompt
@@ -54,7 +59,7 @@ class RunData(LightningDataModule):
         trainer = self._trainer
         epochs_per_round = getattr(self._module, "epochs_per_round", 1)
         index = RoundSchedule(epochs_per_round).round_of(trainer.current_epoch)
-        store = TrajectoryStore(Path(trainer.default_root_dir) / "trajectory")
+        store = TrajectoryStore(self._root / "trajectory")
         pairs = store.record(index - 1).pairs
         if pairs is None:
             raise InputError(f"{store.root} has no pairs for round {index}; add a pairs callback")
@@ -69,7 +74,7 @@ class RunData(LightningDataModule):
         """Return no prompts: nothing is sampled in evaluation."""
         return {}
 
-    def eval_pairs(self) -> Mapping[str, list[Pair]]:
+    def eval_pairs(self) -> Mapping[str, Sequence[Pair]]:
         """Return no held-out pairs."""
         return {}
 
@@ -83,181 +88,176 @@ class RunData(LightningDataModule):
     def _module(self) -> Any:
         return self._trainer.lightning_module
 
+    @property
+    def _root(self) -> Path:
+        return Path(self._trainer.default_root_dir)
+
 
 class PreferenceData(RunData):
-    """Preference pairs from files, a part of them for every round.
+    """Preference pairs from files or the hub, a part of them for every round.
 
-    The fuse pairs are held out first, by prompt: no prompt of theirs is trained on.
+    The fuse pairs are held out first, by prompt: no prompt of theirs is trained on. Pairs are
+    tokenised once and kept in ``cache_dir``. The distinct prompts of a round's pairs and of the
+    fuse pairs can be answered by the policy, so that its own pairs are mixed with these.
 
     Args:
-        train: JSONL (also ``.gz``) or JSON of pairs, plain or conversational.
-        fuse: A file of fuse pairs; otherwise a part of ``train`` is held out.
+        train: A file (JSONL, JSON, CSV, Parquet; ``.jsonl.gz``), a folder that ``datasets`` saved,
+            a data set on the hub, a :class:`~tpmm_pl.data.sources.DataSource` of these with
+            split, mapping and weight, or a list of them.
+        fuse: The same for fuse pairs; otherwise a part of ``train`` is held out.
         fuse_fraction: Share of the prompts of ``train`` held out, without ``fuse``.
-        evaluation: Files of held-out pairs by domain (``in_domain``, ``out_of_domain``);
+        evaluation: The same for held-out pairs by domain (``in_domain``, ``out_of_domain``);
             otherwise a part of ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
-        pairs_per_round: Pairs of a round; by default all pairs over the rounds.
+        pairs_per_round: Pairs of a round, or ``all`` for all of them every round; by default all
+            pairs over the rounds. A streaming source needs a number.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
-        max_prompt_length: Tokens of the prompt, whose beginning is cut; half of ``max_length``
-            by default, so that room for completions is left.
-        max_eval_pairs: At most so many pairs a domain.
+        max_prompt_length: Tokens of the prompt; half of ``max_length`` by default, so that room
+            for completions is left.
+        truncation: Which part of a prompt over its budget stays: ``keep_end`` or ``keep_start``.
+        max_eval_pairs: At most so many pairs a domain; of a stream, also of fuse pairs.
+        max_bad_rows: How many rows that cannot be read may be skipped, counted.
+        noise: How the labels of training and fuse pairs err; evaluation pairs stay as they are.
+        cache_dir: Where tokenised pairs are kept, one folder a fingerprint; delete it to clear.
     """
+
+    _rounds: TableRounds | PairStream
 
     def __init__(
         self,
-        train: Path,
-        fuse: Path | None = None,
+        train: Data,
+        fuse: Data | None = None,
         fuse_fraction: float = 0.1,
-        evaluation: dict[str, Path] | None = None,
+        evaluation: dict[str, Data] | None = None,
         eval_fraction: float = 0.05,
         batch_size: int = 8,
-        pairs_per_round: int | None = None,
+        pairs_per_round: int | Literal["all"] | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
+        truncation: str = "keep_end",
         max_eval_pairs: int = 512,
+        max_bad_rows: int = 0,
+        noise: LabelNoise | None = None,
+        cache_dir: Path = CACHE_DIR,
     ) -> None:
         super().__init__(batch_size)
-        self.train = Path(train)
-        self.fuse = fuse
+        self.train = as_sources(train)
+        self.fuse = None if fuse is None else as_sources(fuse)
         self.fuse_fraction = fuse_fraction
-        self.evaluation = evaluation or {}
+        self.evaluation = {d: as_sources(data) for d, data in (evaluation or {}).items()}
         self.eval_fraction = eval_fraction
         self.pairs_per_round = pairs_per_round
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
+        self.encoding = Encoding(max_length, max_prompt_length or max_length // 2, truncation)
         self.max_eval_pairs = max_eval_pairs
+        self.max_bad_rows = max_bad_rows
+        self.noise = noise
+        self.cache_dir = cache_dir
+        self.label = ", ".join(source.label for source in self.train)
 
     def setup(self, stage: str) -> None:
-        """Read, split and tokenise the files; report what was dropped."""
+        """Prepare and split the pairs; say what became of the rows.
+
+        Raises:
+            InputError: If a source is at fault, a prompt is on both sides, or too few pairs are
+                left.
+        """
         super().setup(stage)
-        rows = self._read(self.train)
-        evaluated = {domain: self._read(path) for domain, path in self.evaluation.items()}
-        if not self.evaluation:
-            rows, evaluated["in_domain"] = split_by_prompt(rows, self.eval_fraction, run_seed())
-        if self.fuse is None:
-            rows, held_out = split_by_prompt(rows, self.fuse_fraction, run_seed())
-        else:
-            held_out = self._read(self.fuse)
-            refuse_shared_prompts(rows, held_out)
-        for unseen in evaluated.values():
-            refuse_shared_prompts([*rows, *held_out], unseen)
-        self._train_pairs = self._tokenize(shuffled_by_prompt(rows, run_seed()))
-        self._fuse_pairs = self._tokenize(held_out, self.fuse)
-        self._eval_pairs = {
-            domain: self._tokenize(unseen[: self.max_eval_pairs], self.evaluation.get(domain))
-            for domain, unseen in evaluated.items()
-        }
-        available = min(self.pairs_per_round or len(self._train_pairs), len(self._train_pairs))
-        if available < self.batch_size:
-            raise InputError(
-                f"{self.train} leaves {available} training pairs a round, fewer than a batch of "
-                f"{self.batch_size}; give more pairs or a smaller data.batch_size"
-            )
+        self._prepare = Preparation(
+            self.tokenizer,
+            self.encoding,
+            max_bad_rows=self.max_bad_rows,
+            cache_dir=self.cache_dir,
+        )
+        self._report = self._prepare.report
+        held_out = self._prepare.held_out
+        fuse = None if self.fuse is None else held_out(self.fuse)
+        evaluation = {domain: held_out(data) for domain, data in self.evaluation.items()}
+        streaming = any(source.streaming for source in self.train)
+        parts = (self._stream if streaming else self._split)(fuse, evaluation)
+        self._fuse_pairs = with_noise(parts.fuse, self.noise, f"{run_seed()}/fuse")
+        self._eval_pairs = {d: p[: self.max_eval_pairs] for d, p in parts.evaluation.items()}
+        example = self._fuse_pairs or self._rounds.part(1)
+        announce(self._report, self._root, example, self.tokenizer)
 
-    def train_pairs(self, round_index: int) -> list[Pair]:
+    def train_pairs(self, round_index: int) -> PairTable:
         """Return the part of a round; after the last part the first comes again."""
-        rounds = getattr(self._module, "rounds", 1)
-        count = self.pairs_per_round or max(self.batch_size, len(self._train_pairs) // rounds)
-        start = (round_index - 1) * count
-        total = len(self._train_pairs)
-        return [self._train_pairs[(start + i) % total] for i in range(min(count, total))]
+        pairs = self._rounds.part(round_index)
+        write_report(self._report, self._root)  # of a stream, rows have come to it
+        return pairs
 
-    def fuse_pairs(self) -> list[Pair]:
+    def fuse_pairs(self) -> PairTable:
         """Return the held-out pairs that coefficients are learned on."""
         return self._fuse_pairs
 
-    def eval_pairs(self) -> Mapping[str, list[Pair]]:
+    def train_prompts(self, round_index: int) -> list[Prompt]:
+        """Return the distinct prompts of a round's pairs."""
+        return self.train_pairs(round_index).prompts()
+
+    def fuse_prompts(self, round_index: int) -> list[Prompt]:
+        """Return the distinct prompts of the fuse pairs, the same after every round."""
+        return self._fuse_pairs.prompts()
+
+    def eval_pairs(self) -> Mapping[str, PairTable]:
         """Return the held-out pairs by domain."""
         return self._eval_pairs
 
-    def _read(self, path: Path) -> list[RawPair]:
-        rows, dropped = read_preferences(Path(path))
-        for reason, count in dropped.items():
-            _say(f"{path}: {count} rows dropped: {reason}")
-        return rows
-
-    def _tokenize(self, rows: list[RawPair], path: Path | None = None) -> list[Pair]:
-        pairs, changed = tokenize_pairs(
-            rows,
-            self.tokenizer,
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length or self.max_length // 2,
+    def _split(self, fuse: PairTable | None, evaluation: dict[str, PairTable]) -> Parts:
+        parts = split_parts(
+            self._prepare.tables(self.train),
+            fuse,
+            evaluation,
+            fuse_fraction=self.fuse_fraction,
+            eval_fraction=self.eval_fraction,
+            seed=run_seed(),
         )
-        for reason, count in changed.items():
-            _say(f"{path or self.train}: {count} of {len(rows)} pairs: {reason}")
-        return pairs
+        pairs = ordered(parts.train, [source.weight for source in self.train], run_seed())
+        noisy = with_noise(pairs, self.noise, f"{run_seed()}/train")
+        self._rounds = TableRounds(noisy, self._count(len(noisy)))
+        return parts
 
+    def _count(self, available: int) -> int:
+        rounds = getattr(self._module, "rounds", 1)
+        shard = available if self.pairs_per_round == "all" else self.pairs_per_round
+        count = min(shard or max(self.batch_size, available // rounds), available)
+        self._refuse_too_few(count)
+        return count
 
-class PromptData(RunData):
-    """Prompts from files, a part of them for every round, for pairs made by the policy.
+    def _refuse_too_few(self, count: int) -> None:
+        if count < self.batch_size:
+            raise InputError(
+                f"{self.label} leaves {count} training pairs a round, fewer than a batch of"
+                f" {self.batch_size}; give more pairs or a smaller data.batch_size"
+            )
 
-    Args:
-        train: JSONL of prompts, plain or conversational.
-        evaluation: Files of prompts by domain (``in_domain``, ``out_of_domain``); otherwise a
-            part of ``train`` is held out.
-        eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
-        batch_size: Pairs an optimizer step and device.
-        prompts_per_round: Prompts of a round; the file is gone through again when used up.
-        fuse_prompts_per_round: Held-out prompts answered after a round.
-        fuse_fraction: Share of the prompts held out for them.
-        max_prompt_length: Tokens of a prompt; its beginning is cut.
-        max_eval_prompts: At most so many prompts a domain.
-    """
+    def _stream(self, fuse: PairTable | None, evaluation: dict[str, PairTable]) -> Parts:
+        if not isinstance(self.pairs_per_round, int):
+            raise InputError(
+                f"{self.label} is streaming and data.pairs_per_round is {self.pairs_per_round};"
+                " give a number, the budget of a round"
+            )
+        self._refuse_too_few(self.pairs_per_round)
+        make = partial(
+            PairStream,
+            pairs_per_round=self.pairs_per_round,
+            fuse=fuse,
+            evaluation=evaluation,
+            fuse_fraction=self.fuse_fraction,
+            eval_fraction=self.eval_fraction,
+            seed=run_seed(),
+            label=self.label,
+        )
+        rounds = getattr(self._module, "rounds", 1)
+        parts = make(partial(self._read, None)).held_out(rounds=rounds, limit=self.max_eval_pairs)
+        self._rounds = make(partial(self._read, self.noise))
+        return parts
 
-    def __init__(
-        self,
-        train: Path,
-        evaluation: dict[str, Path] | None = None,
-        eval_fraction: float = 0.05,
-        batch_size: int = 8,
-        prompts_per_round: int = 256,
-        fuse_prompts_per_round: int = 64,
-        fuse_fraction: float = 0.2,
-        max_prompt_length: int = 512,
-        max_eval_prompts: int = 256,
-    ) -> None:
-        super().__init__(batch_size)
-        self.train = Path(train)
-        self.evaluation = evaluation or {}
-        self.eval_fraction = eval_fraction
-        self.prompts_per_round = prompts_per_round
-        self.fuse_prompts_per_round = fuse_prompts_per_round
-        self.fuse_fraction = fuse_fraction
-        self.max_prompt_length = max_prompt_length
-        self.max_eval_prompts = max_eval_prompts
-
-    def setup(self, stage: str) -> None:
-        """Read, split and tokenise the prompts."""
-        super().setup(stage)
-        rows = read_prompts(self.train)
-        evaluated = {d: read_prompts(Path(path)) for d, path in self.evaluation.items()}
-        if not self.evaluation:
-            rows, evaluated["in_domain"] = split_by_prompt(rows, self.eval_fraction, run_seed())
-        for unseen in evaluated.values():
-            refuse_shared_prompts(rows, unseen)
-        rows, held_out = split_by_prompt(rows, self.fuse_fraction, run_seed())
-        self._train_prompts = self._tokenize(shuffled_by_prompt(rows, run_seed()))
-        self._fuse_prompts = self._tokenize(shuffled_by_prompt(held_out, run_seed()))
-        self._eval_prompts = {
-            domain: self._tokenize(unseen[: self.max_eval_prompts])
-            for domain, unseen in evaluated.items()
-        }
-
-    def train_prompts(self, round_index: int) -> list[Prompt]:
-        """Return the prompts of a round's training pairs."""
-        return _part(self._train_prompts, round_index - 1, self.prompts_per_round)
-
-    def fuse_prompts(self, round_index: int) -> list[Prompt]:
-        """Return the held-out prompts answered after a round."""
-        return _part(self._fuse_prompts, round_index, self.fuse_prompts_per_round)
-
-    def eval_prompts(self) -> Mapping[str, list[Prompt]]:
-        """Return the evaluation prompts by domain."""
-        return self._eval_prompts
-
-    def _tokenize(self, rows: list[Any]) -> list[Prompt]:
-        return tokenize_prompts(rows, self.tokenizer, max_prompt_length=self.max_prompt_length)
+    def _read(self, noise: LabelNoise | None) -> Iterator[PairTable]:
+        # a pass over the stream has a report of its own
+        self._report = deepcopy(self._prepare.report)
+        chunks = self._prepare.stream(self.train, self._report, run_seed())
+        for number, chunk in enumerate(chunks):
+            yield with_noise(chunk, noise, f"{run_seed()}/train/{number}")
 
 
 class FusionData(RunData):
@@ -288,13 +288,3 @@ class FusionData(RunData):
             pad_id=self.tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(run_seed()),
         )
-
-
-def _part(prompts: list[Prompt], part: int, count: int) -> list[Prompt]:
-    total = len(prompts)
-    return [prompts[(part * count + i) % total] for i in range(min(count, total))]
-
-
-@rank_zero_only
-def _say(sentence: str) -> None:
-    print(sentence, flush=True)

@@ -6,37 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tpmm_pl.data.table import SCHEMA, PairTable, arrow, join
 from tpmm_pl.files import replacing
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, Pair
 
-_TOKENS = pa.list_(pa.int32())
-
-# text and tokens: a text need not re-tokenise to the tokens that were sampled
-SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("prompt_ids", _TOKENS),
-        ("chosen_ids", _TOKENS),
-        ("rejected_ids", _TOKENS),
-        ("score_chosen", pa.float64()),
-        ("score_rejected", pa.float64()),
-        ("flipped", pa.bool_()),
-        ("weight", pa.float64()),
-        ("ref_chosen_logps", pa.float64()),
-        ("ref_rejected_logps", pa.float64()),
-        ("margin", pa.float64()),
-    ]
-)
-"""Columns of a pairs file, the fields of :class:`tpmm_pl.types.Pair` in order."""
-
 _MAY_LACK = {"margin"}  # files of runs that began before there was one
+_BLOCK = 4096
+"""Pairs made at a time on writing."""
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
@@ -46,30 +27,28 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
         path: The file to make or replace.
         pairs: What to write; may be empty.
     """
-    arrays = [
-        pa.array([getattr(pair, field.name) for pair in pairs], type=field.type) for field in SCHEMA
-    ]
-    with replacing(path) as beside:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA), beside)
+    with replacing(path) as beside, pq.ParquetWriter(beside, SCHEMA) as writer:
+        for start in range(0, len(pairs), _BLOCK):
+            writer.write_table(arrow(pairs[start : start + _BLOCK]))
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path) -> PairTable:
     """Read what :func:`write_pairs` wrote.
 
     Raises:
         InputError: If the file is missing, is no parquet file, or has other columns.
     """
-    return [_pair(row) for row in _read_table(path).to_pylist()]
+    return PairTable.of(_read_table(path))
 
 
-def read_fuse_pool(store: TrajectoryStore, round_index: int) -> list[Pair]:
+def read_fuse_pool(store: TrajectoryStore, round_index: int) -> PairTable:
     """Return all held-out pairs of a run up to a round.
 
     Raises:
         InputError: If there are none.
     """
     records = [r for r in store.rounds if r.round <= round_index and r.fuse]
-    pairs = [pair for r in records for pair in read_pairs(store.path(str(r.fuse)))]
+    pairs = join(*(read_pairs(store.path(str(record.fuse))) for record in records))
     if not pairs:
         raise InputError(
             f"learned coefficients need held-out pairs, and {store.root} has none; give data with "
@@ -105,12 +84,9 @@ def _read_table(path: Path) -> Any:
         ) from error
     if empty := [name for name in table.column_names if table.column(name).null_count]:
         raise InputError(f"{path} has missing values in {empty}; make it again")
+    for name in sorted(_MAY_LACK - names):
+        table = table.append_column(SCHEMA.field(name), pa.array(np.zeros(len(table))))
     return table
-
-
-def _pair(row: dict[str, Any]) -> Pair:
-    tokens = {name: tuple(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    return Pair(**(row | tokens))
 
 
 def _first_line(error: BaseException) -> str:

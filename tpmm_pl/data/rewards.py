@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.batching import collate, epoch_loader
-from tpmm_pl.data.chat import tokenize_pairs
-from tpmm_pl.data.formats import RawPair, read_preferences
-from tpmm_pl.data.splits import refuse_shared_prompts, split_by_prompt
+from tpmm_pl.data.cache import CACHE_DIR, Encoding
+from tpmm_pl.data.notices import say
+from tpmm_pl.data.parts import hold_out, refuse_leak, with_noise
+from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_setting
+from tpmm_pl.data.sources import as_sources
+from tpmm_pl.data.table import PairTable, join
+from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import InputError, Pair
 
@@ -82,72 +84,81 @@ class RewardPairs(LightningDataModule):
 
 
 class RewardData(RewardPairs):
-    """Preference pairs from files, shuffled anew every epoch, and held-out ones by domain.
+    """Preference pairs from files or the hub, shuffled anew every epoch, and held-out ones.
 
     Args:
-        train: JSONL (also ``.gz``) or JSON of pairs, plain or conversational; a row may have a
-            ``margin``.
-        evaluation: Files of held-out pairs by domain (``in_domain``, ``out_of_domain``);
+        train: A file (JSONL, JSON, CSV, Parquet; ``.jsonl.gz``), a folder that ``datasets`` saved,
+            a data set on the hub, a :class:`~tpmm_pl.data.sources.DataSource` of these with split
+            and mapping, or a list of them; a row may have a ``margin``.
+        evaluation: The same for held-out pairs by domain (``in_domain``, ``out_of_domain``);
             otherwise a part of ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
-        max_prompt_length: Tokens of the prompt, whose beginning is cut; half of ``max_length``
-            by default, so that room for completions is left.
+        max_prompt_length: Tokens of the prompt; half of ``max_length`` by default, so that room
+            for completions is left.
+        truncation: Which part of a prompt over its budget stays: ``keep_end`` or ``keep_start``.
         max_eval_pairs: At most so many pairs a domain.
+        max_bad_rows: How many rows that cannot be read may be skipped, counted.
+        noise: How the labels of training pairs err; evaluation pairs stay as they are.
+        cache_dir: Where tokenised pairs are kept, one folder a fingerprint; delete it to clear.
     """
 
     def __init__(
         self,
-        train: Path,
-        evaluation: dict[str, Path] | None = None,
+        train: Data,
+        evaluation: dict[str, Data] | None = None,
         eval_fraction: float = 0.05,
         batch_size: int = 8,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
+        truncation: str = "keep_end",
         max_eval_pairs: int = 512,
+        max_bad_rows: int = 0,
+        noise: LabelNoise | None = None,
+        cache_dir: Path = CACHE_DIR,
     ) -> None:
         super().__init__(batch_size)
-        self.train = Path(train)
-        self.evaluation = evaluation or {}
+        self.train = as_sources(train)
+        self.evaluation = {d: as_sources(data) for d, data in (evaluation or {}).items()}
         self.eval_fraction = eval_fraction
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
+        self.encoding = _encoding(max_length, max_prompt_length, truncation)
         self.max_eval_pairs = max_eval_pairs
+        self.max_bad_rows = max_bad_rows
+        self.noise = noise
+        self.cache_dir = cache_dir
 
     def setup(self, stage: str) -> None:
-        """Read, split and tokenise the files; report what was dropped.
+        """Prepare and split the pairs; say what became of the rows.
 
         Raises:
-            InputError: If a file is at fault, a prompt is on both sides, or too few pairs are left.
+            InputError: If a source is at fault, a prompt is on both sides, or too few pairs are
+                left.
         """
         super().setup(stage)
-        rows = _read(self.train)
-        evaluated = {domain: _read(Path(path)) for domain, path in self.evaluation.items()}
-        if not self.evaluation:
-            rows, held_out = split_by_prompt(rows, self.eval_fraction, run_seed())
-            evaluated = {"in_domain": held_out} if held_out else {}
+        refuse_setting(self.train, "weight", "the pairs of all sources are shuffled as one")
+        prepare = Preparation(
+            self.tokenizer,
+            self.encoding,
+            max_bad_rows=self.max_bad_rows,
+            cache_dir=self.cache_dir,
+        )
+        evaluated = {d: prepare.held_out(data) for d, data in self.evaluation.items()}
+        train = prepare.tables(self.train)
+        if not evaluated and self.eval_fraction:
+            train, evaluated["in_domain"] = hold_out(train, self.eval_fraction, run_seed())
         for unseen in evaluated.values():
-            refuse_shared_prompts(rows, unseen)
-        self.train_pairs = self._tokenize(rows, self.train)
-        self.eval_pairs = {
-            domain: self._tokenize(
-                unseen[: self.max_eval_pairs], self.evaluation.get(domain, self.train)
-            )
-            for domain, unseen in evaluated.items()
-        }
-        for domain, pairs in self.eval_pairs.items():
-            if not pairs:
-                path = self.evaluation.get(domain, self.train)
-                raise InputError(f"{path} leaves no pair to evaluate on ({domain}); give others")
-        if len(self.train_pairs) < self.batch_size:
+            refuse_leak(train, unseen)
+        pairs = with_noise(join(*train), self.noise, f"{run_seed()}/train")
+        if len(pairs) < self.batch_size:
+            label = ", ".join(source.label for source in self.train)
             raise InputError(
-                f"{self.train} leaves {len(self.train_pairs)} training pairs, fewer than a batch"
+                f"{label} leaves {len(pairs)} training pairs, fewer than a batch"
                 f" of {self.batch_size}; give more pairs or a smaller data.batch_size"
             )
-
-    def _tokenize(self, rows: list[RawPair], path: Path) -> list[Pair]:
-        return _tokenize(rows, path, self.tokenizer, self.max_length, self.max_prompt_length)
+        self.train_pairs = pairs
+        self.eval_pairs = {d: unseen[: self.max_eval_pairs] for d, unseen in evaluated.items()}
+        announce(prepare.report, Path(self._trainer.default_root_dir), pairs, self.tokenizer)
 
 
 def evaluation_loaders(
@@ -176,11 +187,11 @@ def read_reward_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
-) -> list[Pair]:
-    """Read and tokenise a file of pairs; say what was cut off or dropped.
+) -> PairTable:
+    """Read and tokenise pairs; say what became of the rows.
 
     Args:
-        path: JSONL (also ``.gz``) or JSON of pairs, plain or conversational.
+        path: A file, a folder or a data set, as ``train`` of :class:`RewardData`.
         tokenizer: The reward model's.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
         max_prompt_length: Tokens of the prompt, whose beginning is cut; half of ``max_length``
@@ -189,36 +200,13 @@ def read_reward_pairs(
     Raises:
         InputError: If the file is at fault.
     """
-    return _tokenize(_read(path), path, tokenizer, max_length, max_prompt_length)
-
-
-def _read(path: Path) -> list[RawPair]:
-    rows, dropped = read_preferences(path)
-    for reason, count in dropped.items():
-        _say(f"{path}: {count} rows dropped: {reason}")
-    return rows
-
-
-def _tokenize(
-    rows: list[RawPair],
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_prompt_length: int | None,
-) -> list[Pair]:
-    pairs, changed = tokenize_pairs(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        whole_turns=True,
-        max_prompt_length=max_prompt_length or max_length // 2,
-    )
-    for reason, count in changed.items():
-        _say(f"{path}: {count} of {len(rows)} pairs: {reason}")
+    prepare = Preparation(tokenizer, _encoding(max_length, max_prompt_length))
+    pairs = join(*prepare.tables(as_sources(path)))
+    say(prepare.report.table())
     return pairs
 
 
-@rank_zero_only
-def _say(sentence: str) -> None:
-    # not on stdout: a command may print one JSON object there and nothing else
-    print(sentence, file=sys.stderr, flush=True)
+def _encoding(
+    max_length: int, max_prompt_length: int | None, truncation: str = "keep_end"
+) -> Encoding:
+    return Encoding(max_length, max_prompt_length or max_length // 2, truncation, whole_turns=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
@@ -17,6 +21,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     state: StateDict | None,
     out: Path,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write model, tokenizer and generation settings as ``from_pretrained`` reads them.
 
@@ -28,17 +33,43 @@ def export_model(
         state: Weights to write in place of the model's own, by the names of its ``state_dict``;
             cast to the model's dtypes. The model itself is not changed. Not for a PeftModel.
         out: The folder to make or replace.
+        notes: Text files to add, by name, such as a model card.
 
     Raises:
         ValueError: If ``state`` lacks a weight, has an unknown one, or one of another shape.
     """
     weights = None if state is None else _weights(model, state)
-    with replacing_folder(out) as beside:
+    with replacing_folder(out) as beside, _valid_generation(model) as generation:
         if isinstance(model, PeftModel):
             _save_adapter(model, beside)
+            if generation is not None:
+                generation.save_pretrained(beside)
         else:
             model.save_pretrained(beside, state_dict=weights)
         tokenizer.save_pretrained(beside)
+        for name, text in (notes or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _valid_generation(model: PreTrainedModel | PeftModel) -> Iterator[Any]:
+    """Lend the model generation settings that can be saved; yield them, or ``None``."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = getattr(inner, "generation_config", None)
+    if own is None:
+        yield None
+        return
+    inner.generation_config = deepcopy(own)
+    try:
+        inner.generation_config.validate(strict=True)
+    except ValueError:
+        # a temperature or top_p in settings that do not sample: save_pretrained refuses them, and
+        # who wrote them meant to sample
+        inner.generation_config.do_sample = True
+    try:
+        yield inner.generation_config
+    finally:
+        inner.generation_config = own
 
 
 def _weights(model: PreTrainedModel | PeftModel, state: StateDict) -> dict[str, Tensor]:

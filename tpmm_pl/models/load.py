@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +17,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tpmm_pl.models.adapters import (
+    LoraSettings,
+    check_quantization,
+    keep_gradients,
+    quantization_config,
+    with_adapters,
+)
+from tpmm_pl.models.location import first_line, lasting_name, loading, located
 from tpmm_pl.models.moe_checkpoint import is_moe_folder, load_moe
 from tpmm_pl.types import InputError
 
@@ -29,24 +34,6 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
-_NOT_THESE = ["original/*", "consolidated*"]
-
-Loaded = TypeVar("Loaded")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters on a frozen model (Hu et al. 2021)."""
-
-    r: int = 16
-    """Rank."""
-    alpha: int = 32
-    """The update is scaled by ``alpha / r``."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of the adapted layers; ``all-linear``: every linear layer but the head."""
-    dropout: float = 0.0
-    """Above 0 a fresh policy no longer computes what its reference does while it trains."""
 
 
 class PretrainedPolicy:
@@ -62,10 +49,16 @@ class PretrainedPolicy:
         attn_implementation: As transformers takes it; ``None``: its choice.
         trust_remote_code: Whether to run code that comes with the model.
         lora: Train adapters instead of the weights.
+        quantization: Of the weights under ``lora``: ``4bit`` (QLoRA), ``8bit`` or ``None``; needs
+            bitsandbytes.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping
+            them: the same gradients for less memory and about a third more time. Their dtype is
+            ``trainer.precision``'s.
         chat_template: File with a Jinja template in place of the tokenizer's own.
 
     Raises:
-        InputError: If ``dtype`` is unknown.
+        InputError: If ``dtype`` is unknown, or ``quantization`` is, cannot run here or lacks
+            ``lora``.
     """
 
     def __init__(
@@ -78,6 +71,8 @@ class PretrainedPolicy:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         lora: LoraSettings | None = None,
+        quantization: Literal["4bit", "8bit"] | None = None,
+        gradient_checkpointing: bool = False,
         chat_template: Path | None = None,
     ) -> None:
         self.name_or_path = name_or_path
@@ -87,8 +82,12 @@ class PretrainedPolicy:
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
         self.lora = lora
+        self.quantization = quantization
+        self.gradient_checkpointing = gradient_checkpointing
         self.chat_template = chat_template
         _dtype(dtype)
+        if quantization is not None:
+            check_quantization(quantization, lora)
 
     def prepare(self) -> None:
         """Fetch the model from the hub, unless it is here.
@@ -104,16 +103,14 @@ class PretrainedPolicy:
         Raises:
             InputError: If the model cannot be found or is no causal language model.
         """
-        options = self._source() | {"dtype": _dtype(self.dtype)}
-        if self.attn_implementation is not None:
-            options["attn_implementation"] = self.attn_implementation
-        load = AutoModelForCausalLM.from_pretrained
-        model = cast(PreTrainedModel, _loading(self.name_or_path, lambda: load(**options)))
-        _forget_quantization(model)
+        model = self._pretrained()
+        _forget_gguf(model)
+        keep_gradients(model)
         switch_off_dropout(model)
-        if not Path(self.name_or_path).exists():
-            # an adapter's folder names its base model by this: the hub's id, not a cache's path
-            model.config._name_or_path = self.name_or_path
+        # an adapter's folder names its base model by this
+        model.name_or_path = model.config._name_or_path = lasting_name(self.name_or_path)
+        if self.gradient_checkpointing:
+            _checkpoint_activations(model, self.name_or_path)
         if self.lora is not None:
             model = with_adapters(model, self.lora, task_type="CAUSAL_LM")
         model.train()
@@ -127,7 +124,7 @@ class PretrainedPolicy:
         """
         options = self._source()
         load = AutoTokenizer.from_pretrained
-        tokenizer = _loading(self.name_or_path, lambda: load(**options))
+        tokenizer = loading(self.name_or_path, lambda: load(**options))
         _ensure_padding(tokenizer)
         if self.chat_template is not None:
             if not self.chat_template.is_file():
@@ -143,10 +140,32 @@ class PretrainedPolicy:
             "revision": self.revision,
             "dtype": self.dtype,
             "lora": None if self.lora is None else asdict(self.lora),
+            "quantization": self.quantization,
         }
 
+    def _pretrained(self) -> PreTrainedModel:
+        load = AutoModelForCausalLM.from_pretrained
+        options = self._source() | {"dtype": _dtype(self.dtype)}
+        if self.quantization is not None:
+            options["quantization_config"] = quantization_config(
+                self.quantization, options["dtype"]
+            )
+        attention = self.attn_implementation
+        if attention is None:
+            return cast(PreTrainedModel, loading(self.name_or_path, lambda: load(**options)))
+        try:
+            return cast(PreTrainedModel, load(**options, attn_implementation=attention))
+        except (ValueError, ImportError) as error:
+            # what else may be wrong shows without the setting
+            model = loading(self.name_or_path, lambda: load(**options))
+            raise InputError(
+                f"attn_implementation {attention!r} does not work for {self.name_or_path}"
+                f" ({first_line(error)}); give eager or sdpa, or leave it out for"
+                f" {model.config._attn_implementation}"
+            ) from error
+
     def _source(self) -> dict[str, Any]:
-        folder, gguf_file = _located(self.name_or_path, self.gguf_file, self.revision)
+        folder, gguf_file = located(self.name_or_path, self.gguf_file, self.revision)
         source = {
             "pretrained_model_name_or_path": folder,
             "trust_remote_code": self.trust_remote_code,
@@ -175,7 +194,7 @@ def load_reward_model(
         InputError: If the model cannot be found, lacks weights, has several outputs, or has no
             head and ``fresh_head`` is off.
     """
-    folder, gguf_file = _located(name_or_path, None, revision)
+    folder, gguf_file = located(name_or_path, None, revision)
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": folder,
         "trust_remote_code": trust_remote_code,
@@ -188,7 +207,7 @@ def load_reward_model(
         model = load_moe(folder, dtype=_dtype(dtype), trust_remote_code=trust_remote_code)
     else:
         model = _classifier(name_or_path, source | {"dtype": _dtype(dtype)}, fresh_head)
-    tokenizer = _loading(name_or_path, lambda: AutoTokenizer.from_pretrained(**source))
+    tokenizer = loading(name_or_path, lambda: AutoTokenizer.from_pretrained(**source))
     if tokenizer.eos_token is None:
         # encoders close a text with this one
         tokenizer.eos_token = tokenizer.sep_token
@@ -201,7 +220,7 @@ def load_reward_model(
 def _classifier(name: str, options: dict[str, Any], fresh_head: bool) -> PreTrainedModel:
     load = AutoModelForSequenceClassification.from_pretrained
     options |= {"num_labels": 1, "output_loading_info": True}
-    model, info = _loading(name, lambda: load(**options))
+    model, info = loading(name, lambda: load(**options))
     missing = sorted(info["missing_keys"])
     # a fresh head has a name, what is in a layer has the layer's number
     in_layers = any(part.isdigit() for key in missing for part in key.split("."))
@@ -210,12 +229,12 @@ def _classifier(name: str, options: dict[str, Any], fresh_head: bool) -> PreTrai
             f"{name} is no reward model: it has no {missing};"
             " give a model trained for sequence classification"
         )
-    _forget_quantization(model)
+    _forget_gguf(model)
     return cast(PreTrainedModel, model)
 
 
 def _refuse_several_outputs(name: str, source: dict[str, Any]) -> None:
-    config = _loading(name, lambda: AutoConfig.from_pretrained(**source))
+    config = loading(name, lambda: AutoConfig.from_pretrained(**source))
     # a language model's configuration has the default of two labels, and no such head
     classifies = any("SequenceClassification" in kind for kind in config.architectures or ())
     if classifies and config.num_labels != 1:
@@ -244,61 +263,6 @@ def _names_dropout(name: str) -> bool:
     return name.endswith(("dropout", "pdrop", "dropout_p", "dropout_prob"))
 
 
-def _located(name: str, gguf_file: str | None, revision: str | None) -> tuple[Path, str | None]:
-    path = Path(name).expanduser()
-    direct = path.suffix == ".gguf" and gguf_file is None
-    if direct:
-        path, gguf_file = path.parent, path.name
-    if direct or path.is_dir():
-        if gguf_file is not None and not (path / gguf_file).is_file():
-            raise InputError(f"no file {path / gguf_file}; check the path")
-        return path, gguf_file
-    # a hub id is `name` or `owner/name`
-    if path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        raise InputError(f"no model folder {path}; check the path, or give a hub id")
-    if path.exists():
-        raise InputError(f"{path} is a file, not a model; give its folder, or a .gguf file")
-    return _fetched(name, gguf_file, revision), gguf_file
-
-
-def _fetched(name: str, gguf_file: str | None, revision: str | None) -> Path:
-    # fetched as a whole and then loaded as a folder: from_pretrained would ask the hub for every
-    # file again, and retry each for half a minute where there is no network
-    def fetch(weights: str) -> Path:
-        patterns = [*_SMALL, weights]
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_THESE
-        )
-        return Path(folder)
-
-    try:
-        folder = fetch(gguf_file or "*.safetensors")
-        if gguf_file is None and not any(folder.glob("*.safetensors")):
-            folder = fetch("*.bin")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no folder {name} here, and the Hugging Face hub does not give it"
-            f" ({_first_line(error)}); check the name and the network, or give a folder"
-        ) from error
-    return folder
-
-
-def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
-    try:
-        return load()
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise InputError(
-            f"cannot load {name} ({_first_line(error)}); give a folder made by save_pretrained"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:") if lines else type(error).__name__
-
-
 def _dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise InputError(f"unknown dtype {name!r}; give one of {', '.join(_DTYPES)}")
@@ -310,7 +274,7 @@ def _ensure_padding(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_gguf(model: PreTrainedModel) -> None:
     # GGUF weights are plain tensors once loaded, but save_pretrained still refuses them
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is None or "gguf" not in str(getattr(model, "quantization_method", "")).lower():
@@ -320,23 +284,14 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         vars(model).pop(name, None)
 
 
-def with_adapters(
-    model: PreTrainedModel, lora: LoraSettings, *, task_type: str, trained: Sequence[str] = ()
-) -> PreTrainedModel:
-    """Return a PeftModel with fresh adapters, which forwards to the model it wraps.
-
-    Args:
-        model: Its weights are frozen.
-        lora: Rank, scale and layers.
-        task_type: As peft names it.
-        trained: Modules that train, and are saved, whole.
-    """
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        lora_dropout=lora.dropout,
-        task_type=task_type,
-        modules_to_save=list(trained) or None,
-    )
-    return cast(PreTrainedModel, get_peft_model(model, config))
+def _checkpoint_activations(model: PreTrainedModel, name: str) -> None:
+    # the older name goes with transformers 6
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        # not reentrant: that needs inputs with a gradient, which frozen embeddings do not give
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(
+            f"{name} cannot checkpoint activations ({first_line(error)}); set"
+            " gradient_checkpointing false"
+        ) from error

@@ -12,14 +12,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tpmm_pl.files import write_text
+from tpmm_pl.models.adapters import LoraSettings, with_adapters
+from tpmm_pl.models.card import CARD
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.load import (
-    LoraSettings,
-    PretrainedPolicy,
-    load_reward_model,
-    switch_off_dropout,
-    with_adapters,
-)
+from tpmm_pl.models.load import PretrainedPolicy, load_reward_model, switch_off_dropout
 from tpmm_pl.models.moe_checkpoint import save_moe
 from tpmm_pl.models.padding import separate_padding, use_padding
 from tpmm_pl.models.scoring import length_groups
@@ -198,7 +195,10 @@ class PretrainedReward:
 
 
 def export_reward_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    card: str | None = None,
 ) -> None:
     """Write a folder that scores as the model does; the model itself is not changed.
 
@@ -209,14 +209,17 @@ def export_reward_model(
         model: The reward model.
         tokenizer: Its tokenizer.
         out: The folder to make or replace.
+        card: Text of the model card.
     """
     if moe_layers(model):
         save_moe(cast(PreTrainedModel, model), tokenizer, out)
+        if card is not None:
+            write_text(out / CARD, card)
         return
     if isinstance(model, PeftModel):
         # of a copy: merged and unmerged again, the live weights would keep the rounding
         model = cast(PreTrainedModel, deepcopy(model).merge_and_unload())
-    export_model(model, tokenizer, None, out)
+    export_model(model, tokenizer, None, out, {} if card is None else {CARD: card})
 
 
 def _heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,8 +12,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tpmm_pl.losses import log_ratio_margin, preference_loss
-from tpmm_pl.models.scoring import PairScorer, per_token
+from tpmm_pl.losses import log_ratios, preference_loss
+from tpmm_pl.models.scoring import PairScorer, pair_tokens, per_token
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.registry import lookup
 from tpmm_pl.trajectory import TrajectoryStore
@@ -38,9 +38,14 @@ class DPOModule(LightningModule):
         optimizer: From parameters to an optimizer; its state is reset after every round.
         rounds: T; extend a finished run by raising it.
         epochs_per_round: Passes over a round's pairs.
-        loss: ``sigmoid``, ``cdpo``, ``rdpo`` or ``ipo``, or TRL's name for it.
-        beta: Strength of the pull towards the reference, ``> 0``.
-        label_smoothing: Rate of swapped labels that ``cdpo`` and ``rdpo`` assume.
+        loss: A name (``sigmoid``, ``rdpo``, ``simpo``, ... or TRL's), a list of names to add, or
+            names with weights: ``{sigmoid: 0.8, sft: 0.2}``.
+        beta: Strength of the pull towards the reference, ``> 0``; scale of ``simpo``'s reward,
+            weight of ``orpo``'s odds ratio. It scales the logged rewards whatever the loss is.
+        label_smoothing: Rate of swapped labels that ``cdpo``, ``rdpo``, ``exo``, ``aot`` and
+            ``aot_unpaired`` assume.
+        simpo_gamma: Margin of ``simpo``; 0.5 if not given.
+        discopop_tau: Temperature of ``discopop``; 0.05 if not given.
         schedule: Of the learning rate within a round.
         warmup: Share of a round's steps over which the learning rate rises from 0.
 
@@ -54,9 +59,11 @@ class DPOModule(LightningModule):
         optimizer: OptimizerCallable,
         rounds: int = 8,
         epochs_per_round: int = 1,
-        loss: str = "sigmoid",
+        loss: dict[str, float] | list[str] | str = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        simpo_gamma: float | None = None,
+        discopop_tau: float | None = None,
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
     ) -> None:
@@ -72,7 +79,13 @@ class DPOModule(LightningModule):
         self.make_optimizer = optimizer
         self.rounds = rounds
         self.epochs_per_round = epochs_per_round
-        self.loss = preference_loss(loss, beta=beta, label_smoothing=label_smoothing)
+        self.loss = preference_loss(
+            loss,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            simpo_gamma=simpo_gamma,
+            discopop_tau=discopop_tau,
+        )
         self.beta = beta
         self.schedule = schedule
         self.warmup = warmup
@@ -94,25 +107,28 @@ class DPOModule(LightningModule):
         """Take note of the recipe that the pairs' reference log-probabilities come from."""
         self.reference = recipe
 
-    def on_fit_start(self) -> None:
-        """Take the policy's backbone and head apart once."""
-        self._scorer = PairScorer(self.policy)
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the pairs' reference log-probabilities."""
+        return self.loss.needs_reference
 
-    def pair_losses(self, batch: PairBatch) -> tuple[Tensor, PairLogps]:
-        """Return the loss of each pair, ``(B,)``, and the policy's log-probabilities."""
-        policy, reference = self._scorer(batch), batch.reference
-        logps = policy
-        if self.loss.per_token:
-            policy, reference = per_token(policy, batch), per_token(reference, batch)
-        return self.loss.function(policy, reference), logps
+    def on_fit_start(self) -> None:
+        """Take the policy's backbone and head apart once; say so if there is no reference."""
+        self._scorer = PairScorer(self.policy)
+        if not self.needs_reference:
+            names = " + ".join(term.name for term in self.loss.terms)
+            self.print(f"loss {names}: reference-free, no reference log-probabilities are used")
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the weighted mean loss of a batch of pairs."""
-        losses, logps = self.pair_losses(batch)
-        loss = (losses * batch.weight).mean()
-        self.log_dict(
-            {"loss": loss.detach(), **self._rewards(logps, batch)}, batch_size=len(losses)
-        )
+        logps, tokens = self._scorer(batch), pair_tokens(batch)
+        losses = self.loss.parts(logps, batch.reference, tokens)
+        means = {name: (values * batch.weight).mean() for name, values in losses.items()}
+        loss = self.loss.total(means)
+        parts = {f"loss/{name}": mean.detach() for name, mean in means.items()}
+        metrics = {"loss": loss.detach(), **(parts if len(parts) > 1 else {})}
+        metrics |= self._rewards(PairLogps(*(t.detach() for t in logps)), batch)
+        self.log_dict(metrics, batch_size=len(batch.weight))
         return loss
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
@@ -135,15 +151,17 @@ class DPOModule(LightningModule):
             checkpoint["state_dict"] = {n: t for n, t in state.items() if n in trained}
 
     def _rewards(self, logps: PairLogps, batch: PairBatch) -> dict[str, Tensor]:
-        policy, reference = PairLogps(*(t.detach() for t in logps)), batch.reference
-        margin = self.beta * log_ratio_margin(policy, reference)
+        scores = (
+            log_ratios(logps, batch.reference) if self.needs_reference else per_token(logps, batch)
+        )
+        margin = self.beta * (scores.chosen - scores.rejected)
         return {
-            "rewards/chosen": self.beta * (policy.chosen - reference.chosen).mean(),
-            "rewards/rejected": self.beta * (policy.rejected - reference.rejected).mean(),
+            "rewards/chosen": self.beta * scores.chosen.mean(),
+            "rewards/rejected": self.beta * scores.rejected.mean(),
             "rewards/margins": margin.mean(),
             "rewards/accuracies": (margin > 0).float().mean(),
-            "logps/chosen": policy.chosen.mean(),
-            "logps/rejected": policy.rejected.mean(),
+            "logps/chosen": logps.chosen.mean(),
+            "logps/rejected": logps.rejected.mean(),
         }
 
 

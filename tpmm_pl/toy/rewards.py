@@ -11,7 +11,8 @@ import torch
 from tpmm_pl.data.rewards import RewardPairs
 from tpmm_pl.models.reward import PretrainedReward
 from tpmm_pl.moe.routing import MoESettings
-from tpmm_pl.pairing import LabelNoise, pair_completions
+from tpmm_pl.noise import LabelNoise
+from tpmm_pl.pairing import pair_completions
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.toy.judges import LettersGold, LettersProxy
 from tpmm_pl.toy.letters import EOS, TOKEN_IDS, Domain, Split, demonstration

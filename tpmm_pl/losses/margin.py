@@ -1,16 +1,12 @@
-"""Preference losses: pure functions from log-probabilities or rewards to one loss a pair."""
+"""Losses of the margin: by how much more than its reference the policy prefers the chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpmm_pl.registry import lookup
-from tpmm_pl.types import InputError, PairLogps
+from tpmm_pl.types import PairLogps
 
 
 def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -54,8 +50,7 @@ def cdpo_loss(
     Returns:
         The loss in nats, ``(B,)``.
     """
-    margin = beta * log_ratio_margin(policy, reference)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return smoothed_logistic(beta * log_ratio_margin(policy, reference), label_smoothing)
 
 
 def rdpo_loss(
@@ -98,80 +93,75 @@ def ipo_loss(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> T
     return (log_ratio_margin(policy, reference) - 1 / (2 * beta)).square()
 
 
-def bradley_terry_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    *,
-    margin: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    centring: float = 0.0,
-) -> Tensor:
-    r"""Loss of a reward model on each pair (Ouyang et al. 2022, eq. 1).
+def hinge_loss(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Tensor:
+    r"""Hinge loss of the normalised likelihoods (SLiC: Zhao et al. 2023; RSO: Liu et al. 2024).
 
-    .. math:: -(1 - e)\log\sigma(d) - e\log\sigma(-d) + c\,(r_c + r_r)^2, \quad d = r_c - r_r - m
+    .. math:: \max(0, 1 - \beta m)
 
-    The margin is Llama 2's (Touvron et al. 2023, eq. 2), the last term keeps rewards around 0
-    (Eisenstein et al. 2023). ``log 2`` for equal rewards around 0 without a margin.
+    1 when policy and reference agree; pairs whose margin exceeds :math:`1/\beta` no longer train.
 
     Args:
-        chosen: Rewards :math:`r_c` of the better completions, ``(B,)``.
-        rejected: Rewards :math:`r_r` of the worse ones, ``(B,)``.
-        margin: By how much :math:`m` the chosen reward is to exceed the other, ``(B,)``.
-        label_smoothing: The assumed rate :math:`e` of swapped labels, in ``[0, 0.5)``.
-        centring: Coefficient :math:`c`, ``>= 0``; TRL's ``center_rewards_coefficient``.
+        policy: Log-probabilities under the policy, each ``(B,)``.
+        reference: The same under the reference.
+        beta: Inverse of the margin that is asked for, ``> 0``.
+
+    Returns:
+        The loss, ``(B,)``.
+    """
+    return (1 - beta * log_ratio_margin(policy, reference)).relu()
+
+
+def exo_loss(
+    policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3
+) -> Tensor:
+    r"""Efficient exact optimisation on pairs, a reverse KL (Ji et al. 2024, eq. 16).
+
+    .. math:: \sigma(\beta m)\log\frac{\sigma(\beta m)}{1 - e}
+              + \sigma(-\beta m)\log\frac{\sigma(-\beta m)}{e}
+
+    The divergence of the policy's preference from the smoothed label: 0 where
+    :math:`\sigma(\beta m) = 1 - e`.
+
+    Args:
+        policy: Log-probabilities under the policy, each ``(B,)``.
+        reference: The same under the reference.
+        beta: Strength of the pull towards the reference, ``> 0``.
+        label_smoothing: The probability :math:`e` of the rejected completion, in ``(0, 0.5)``.
 
     Returns:
         The loss in nats, ``(B,)``.
     """
-    difference = chosen - rejected if margin is None else chosen - rejected - margin
-    loss = -(1 - label_smoothing) * F.logsigmoid(difference)
-    loss = loss - label_smoothing * F.logsigmoid(-difference)
-    return loss + centring * (chosen + rejected).square()
+    margin = beta * log_ratio_margin(policy, reference)
+    smoothing = torch.full_like(margin, label_smoothing)
+    chosen = margin.sigmoid() * (F.logsigmoid(margin) - torch.log1p(-smoothing))
+    return chosen + (-margin).sigmoid() * (F.logsigmoid(-margin) - smoothing.log())
 
 
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A loss with its settings bound, and the form of log-probability it takes."""
+def discopop_loss(
+    policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, tau: float = 0.05
+) -> Tensor:
+    r"""The loss found by a language model, log-ratio modulated (Lu et al. 2024, eq. 5).
 
-    function: Callable[[PairLogps, PairLogps], Tensor]
-    per_token: bool = False
-    """Whether the log-probabilities are divided by the completions' tokens first."""
+    .. math:: -(1 - s)\log\sigma(\beta m) + s\,e^{-\beta m}, \quad s = \sigma(\beta m / \tau)
 
-
-_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": dpo_loss,
-    "dpo": dpo_loss,
-    "cdpo": cdpo_loss,
-    "rdpo": rdpo_loss,
-    "robust": rdpo_loss,
-    "ipo": ipo_loss,
-}
-
-
-def preference_loss(
-    name: str, *, beta: float = 0.1, label_smoothing: float = 0.0
-) -> PreferenceLoss:
-    """Resolve a loss by name; TRL's names are accepted too (``robust`` is ``rdpo``).
+    Logistic for wrong pairs, exponential for right ones; :math:`(1 + \log 2) / 2` when policy and
+    reference agree. Not convex.
 
     Args:
-        name: ``sigmoid``, ``cdpo``, ``rdpo`` or ``ipo``.
+        policy: Log-probabilities under the policy, each ``(B,)``.
+        reference: The same under the reference.
         beta: Strength of the pull towards the reference, ``> 0``.
-        label_smoothing: Rate of swapped labels that ``cdpo`` and ``rdpo`` assume.
+        tau: Width of the passage between the two forms, in ``(0, 1)``.
 
-    Raises:
-        InputError: If the name is unknown, a value is out of range, or label smoothing is given
-            to a loss that would ignore it.
+    Returns:
+        The loss in nats, ``(B,)``.
     """
-    function = lookup("loss", name, _LOSSES)
-    if beta <= 0:
-        raise InputError(f"beta is {beta}; it must be positive")
-    if function in (cdpo_loss, rdpo_loss):
-        if not 0 <= label_smoothing < 0.5:
-            raise InputError(f"label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
-        return PreferenceLoss(partial(function, beta=beta, label_smoothing=label_smoothing))
-    if label_smoothing:
-        raise InputError(
-            f"the loss {name!r} does not use label_smoothing {label_smoothing}; "
-            "choose cdpo or rdpo, or leave it 0"
-        )
-    return PreferenceLoss(partial(function, beta=beta), per_token=function is ipo_loss)
+    margin = beta * log_ratio_margin(policy, reference)
+    logistic = -(-margin / tau).sigmoid() * F.logsigmoid(margin)
+    # one exponent: the exponential of a very wrong margin alone overflows, and inf * 0 is nan
+    return logistic + (F.logsigmoid(margin / tau) - margin).exp()
+
+
+def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    r"""Return :math:`-(1 - e)\log\sigma(m) - e\log\sigma(-m)`, elementwise in nats."""
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

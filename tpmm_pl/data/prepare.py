@@ -1,0 +1,229 @@
+"""Sources of preference data become tables of pairs: read, tokenised once, cached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tpmm_pl.data.cache import (
+    CACHED,
+    Encoding,
+    cache_key,
+    cached,
+    tokenizer_fingerprint,
+    write_tables,
+)
+from tpmm_pl.data.chat import tokenize_pairs
+from tpmm_pl.data.example import describe_example
+from tpmm_pl.data.formats import RawPair, preferences
+from tpmm_pl.data.mixture import mixed
+from tpmm_pl.data.notices import say
+from tpmm_pl.data.report import DataReport, SourceCounts
+from tpmm_pl.data.sources import DataSource, fingerprint
+from tpmm_pl.data.table import MESSAGES, PairTable, arrow, join
+from tpmm_pl.data.templates import prompt_text
+from tpmm_pl.types import InputError, Pair
+
+Row = TypeVar("Row")
+
+# in this order: a config writes a value by the first type that takes it, and str takes anything
+Data = DataSource | list[DataSource | str | Path] | str | Path
+"""Files, folders and data sets, as a config names them."""
+
+_CHUNK = 1024
+"""Rows tokenised at a time: all of them that is ever in memory as objects."""
+
+
+class Preparation:
+    """Makes tables of pairs from sources and counts what becomes of their rows.
+
+    Args:
+        tokenizer: The model's.
+        encoding: Lengths, and where to cut.
+        max_bad_rows: How many rows that cannot be read may be skipped, over all sources.
+        cache_dir: Where tokenised pairs are kept, one folder a fingerprint; ``None``: in memory.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoding: Encoding,
+        *,
+        max_bad_rows: int = 0,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.encoding = encoding
+        self.cache_dir = cache_dir
+        self.report = DataReport(max_bad_rows)
+        self._tokenizer = "" if cache_dir is None else tokenizer_fingerprint(tokenizer)
+
+    def tables(self, sources: Sequence[DataSource]) -> list[PairTable]:
+        """Return the pairs of each source; what became of the rows is added to ``report``.
+
+        Raises:
+            InputError: If a source is at fault or has too many bad rows.
+        """
+        refuse_setting(sources, "streaming", "its pairs are all read before training")
+        return [self._table(source) for source in sources]
+
+    def held_out(self, sources: Sequence[DataSource]) -> PairTable:
+        """Return the pairs of sources that are not trained on, one source after the other.
+
+        Raises:
+            InputError: As :meth:`tables`; or if there is no pair.
+        """
+        refuse_setting(sources, "weight", "held-out pairs are all taken")
+        pairs = join(*self.tables(sources))
+        if not pairs:
+            label = ", ".join(source.label for source in sources)
+            raise InputError(f"{label} leaves no held-out pair after truncation; give others")
+        return pairs
+
+    def stream(
+        self, sources: Sequence[DataSource], report: DataReport, seed: int
+    ) -> Iterator[PairTable]:
+        """Yield the pairs of sources as they are read, some thousand rows at a time.
+
+        Args:
+            sources: Mixed by their weights.
+            report: Counts what becomes of the rows.
+            seed: Of the mixture.
+        """
+        rows = [zip(repeat(one.label), preferences(one, report)) for one in sources]
+        for chunk in _chunks(mixed(rows, [one.weight for one in sources], seed)):
+            parts: dict[str, list[RawPair]] = {}
+            for label, row in chunk:
+                parts.setdefault(label, []).append(row)
+            found = (self._tokenized(some, label, report) for label, some in parts.items())
+            yield join(*map(PairTable.of, found))
+
+    def _table(self, source: DataSource) -> PairTable:
+        if self.cache_dir is None:
+            report = DataReport(self.report.max_bad_rows)
+            whole = pa.concat_tables([CACHED.empty_table(), *self._chunks_of(source, report)])
+            table, counts = PairTable.of(whole), _counts(report, source)
+        else:
+            # the weight says how sources are mixed, not what is in them
+            content = fingerprint(replace(source, weight=None))
+            folder = self.cache_dir / cache_key(content, self._tokenizer, self.encoding)
+            table, counts = cached(folder, partial(self._write, source))
+        found = DataReport(self.report.max_bad_rows)
+        found.sources[source.label] = counts
+        self.report.merge(found)
+        return table
+
+    def _write(self, source: DataSource, path: Path) -> SourceCounts:
+        report = DataReport(self.report.max_bad_rows)
+        write_tables(path, self._chunks_of(source, report))
+        return _counts(report, source)
+
+    def _chunks_of(self, source: DataSource, report: DataReport) -> Iterator[Any]:
+        progress = tqdm(
+            total=_expected(source),
+            desc=f"tokenising {source.label}",
+            unit=" rows",
+            disable=None,  # silent where there is no terminal
+        )
+        with progress:
+            for rows in _chunks(preferences(source, report)):
+                yield self._tokenized(rows, source.label, report)
+                progress.update(len(rows))
+
+    def _tokenized(self, rows: Sequence[RawPair], label: str, report: DataReport) -> Any:
+        try:
+            return self._columns(rows, label, report)
+        except InputError:
+            # one by one: only the rows at fault are left out
+            found = [CACHED.empty_table()]
+            for row in rows:
+                try:
+                    found.append(self._columns([row], label, report))
+                except InputError as error:
+                    report.bad(error, label)
+            return pa.concat_tables(found)
+
+    def _columns(self, rows: Sequence[RawPair], label: str, report: DataReport) -> Any:
+        pairs, counts = tokenize_pairs(rows, self.tokenizer, **asdict(self.encoding))
+        for reason, count in counts.items():
+            if reason.startswith("dropped: "):
+                report.drop(label, reason.removeprefix("dropped: "), count)
+            else:
+                report.cut(label, reason, count)
+        # a judge applies a template of its own to the turns; rewards are learned without one
+        asked = () if self.encoding.whole_turns else rows
+        turns = {
+            prompt_text(row, self.tokenizer): json.dumps(row.prompt, ensure_ascii=False)
+            for row in asked
+            if not isinstance(row.prompt, str)
+        }
+        messages = pa.array([turns.get(pair.prompt) for pair in pairs], type=MESSAGES.type)
+        return arrow(pairs).append_column(MESSAGES, messages)
+
+
+def announce(
+    report: DataReport, folder: Path, example: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Say what became of the rows, show a pair as it is trained on, write the report.
+
+    Args:
+        report: Of all sources.
+        folder: Of the run.
+        example: Pairs; the first is shown.
+        tokenizer: The one that made their tokens.
+    """
+    say(report.table())
+    for pair in example[:1]:
+        say(describe_example(pair, tokenizer))
+    write_report(report, folder)
+
+
+@rank_zero_only
+def write_report(report: DataReport, folder: Path) -> None:
+    """Write ``data_report.json`` into the folder of a run, in one process."""
+    report.write(folder / "data_report.json")
+
+
+def refuse_setting(sources: Sequence[DataSource], name: str, why: str) -> None:
+    """Refuse sources with a setting that would have no effect.
+
+    Raises:
+        InputError: Naming the source.
+    """
+    for source in sources:
+        if getattr(source, name):
+            raise InputError(f"{source.label} sets {name}, but {why}; leave it out")
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, _CHUNK)):
+        yield chunk
+
+
+def _counts(report: DataReport, source: DataSource) -> SourceCounts:
+    return report.sources.get(source.label, SourceCounts())
+
+
+def _expected(source: DataSource) -> int | None:
+    """Return the rows of a file where they are counted quickly, for the time left."""
+    path = Path(source.path)
+    if source.split is not None or not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        return int(pq.read_metadata(path).num_rows)
+    if path.suffix != ".jsonl":
+        return None
+    with path.open("rb") as opened:
+        return sum(block.count(b"\n") for block in iter(partial(opened.read, 1 << 20), b""))
