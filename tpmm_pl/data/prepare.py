@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -115,10 +115,8 @@ class Preparation:
             whole = pa.concat_tables([CACHED.empty_table(), *self._chunks_of(source, report)])
             table, counts = PairTable.of(whole), _counts(report, source)
         else:
-            # the weight says how sources are mixed, not what is in them
-            content = fingerprint(replace(source, weight=None))
-            folder = self.cache_dir / cache_key(content, self._tokenizer, self.encoding)
-            table, counts = cached(folder, partial(self._write, source))
+            key = cache_key(fingerprint(source), self._tokenizer, self.encoding)
+            table, counts = cached(self.cache_dir / key, partial(self._write, source))
         found = DataReport(self.report.max_bad_rows)
         found.sources[source.label] = counts
         self.report.merge(found)
