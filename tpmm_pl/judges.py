@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpmm_pl.data.batching import pad_rows
-from tpmm_pl.data.chat import judged_ids
+from tpmm_pl.data.tokens.chat import judged_ids
 from tpmm_pl.merging import linear_merge
 from tpmm_pl.models.load import load_reward_model
 from tpmm_pl.registry import lookup

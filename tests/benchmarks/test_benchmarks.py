@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -151,17 +152,17 @@ def test_a_consolidated_model_costs_what_the_dense_one_does() -> None:
     assert moe.operations(others["model, merged"]) == moe.operations(call)
 
 
-def test_a_step_of_reward_training_needs_the_ones_before() -> None:
+@pytest.mark.parametrize("from_start", [False, True])
+@pytest.mark.parametrize("arms", [list(hacking.ARMS), ["dense", "merge_learned"]])
+def test_a_step_of_reward_training_needs_the_ones_before(arms: list[str], from_start: bool) -> None:
     made: set[str] = set()
-    for wave in hacking.trainings(0.0):
+    options = Namespace(arms=arms, from_start=from_start, reinitialise=0.0)
+    for wave in hacking.trainings(options):
         assert all(one.start is None or one.start in made for one in wave)
         made |= {one.arm for one in wave}
-    used = {
-        Path(s["name_or_path"]).parts[1]
-        for _, s in hacking.judge_settings(Path("r")).values()
-        if "name_or_path" in s
-    }
-    assert used - {"merge_uniform"} <= made
+    judges = [hacking.judge_settings(Path("r"))[arm][1] for arm in arms]
+    used = {Path(str(s["name_or_path"])).parts[1] for s in judges if "name_or_path" in s}
+    assert used - {"merge_uniform", "merge_unshared"} <= made
 
 
 def test_arms_are_compared_seed_by_seed() -> None:

@@ -213,7 +213,9 @@ def test_numbers_below_one_and_places_that_cannot_be_written_are_refused(
     sentence = refused(capsys, *given, tmp_path / "out", "--batch_size", "0")
     assert "--steps 50 and --batch_size 0 must be at least 1" in sentence
     sentence = refused(capsys, *given, tmp_path / "out", "--max_length", "1")
-    assert "leaves no pair at --max_length 1; give others" in sentence
+    assert "max_length is 1; it must be at least 2 tokens" in sentence
+    sentence = refused(capsys, *given, tmp_path / "out", "--max_length", "2")
+    assert "leaves no pair at --max_length 2; give others" in sentence
     assert "cannot be made" in refused(capsys, *given, pairs / "out")
     assert "cannot be made" in refused(capsys, *given, pairs, "--overwrite")
 

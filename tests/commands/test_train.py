@@ -77,7 +77,7 @@ def pairs(tmp_path: Path) -> Path:
 def offline(policy: Path, pairs: Path, tmp_path: Path) -> list[object]:
     return [
         "fit", "--config", "configs/preferences.yaml", "--model.policy.name_or_path", policy,
-        "--data.train", pairs,
+        "--data.train", pairs, "--data.cache_dir", tmp_path / "cache",
         "--data.batch_size", 4, "--model.rounds", 2, "--reference.fusion.steps", 3,
         "--reference.fusion.batch_size", 4, "--reference.ship_steps", 3,
         "--trainer.accelerator", "cpu", "--trainer.default_root_dir", tmp_path / "run",
@@ -238,7 +238,7 @@ def test_an_online_run_pairs_the_best_and_worst_by_the_reward_model(
     [
         (["--reference.strategy", "lerned"], "unknown strategy 'lerned'; did you mean learned?"),
         (["--reference.fusion.grouping", "layr"], "unknown group 'layr'; did you mean layer?"),
-        (["--model.loss", "sigmod"], "unknown loss 'sigmod'; did you mean sigmoid?"),
+        (["--model.loss", "sigmod"], "unknown loss 'sigmod'; did you mean sigmoid or"),
         (["--trainer.max_steps", 5], "follow from model.rounds and model.epochs_per_round"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data.batch_size", 64], "fewer than a batch of 64; give more pairs or a smaller"),

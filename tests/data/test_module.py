@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from tests.models.tiny import CHAT_TEMPLATE, WORDS, tiny_tokenizer
 from tpmm_pl.cli import main
 from tpmm_pl.data import prepare
-from tpmm_pl.data.chat import tokenize_pairs
 from tpmm_pl.data.module import PreferenceData
-from tpmm_pl.data.sources import DataSource
+from tpmm_pl.data.rows.sources import DataSource
+from tpmm_pl.data.tokens.chat import tokenize_pairs
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.types import InputError, OffersPairs, OffersPrompts, Pair
 

@@ -14,12 +14,12 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from tests.models.tiny import CHAT_TEMPLATE, EOS, WORDS, tiny_tokenizer
 from tpmm_pl.data import prepare
 from tpmm_pl.data.cache import Encoding, tokenizer_fingerprint
-from tpmm_pl.data.chat import tokenize_pairs
-from tpmm_pl.data.formats import preferences
 from tpmm_pl.data.prepare import Preparation
-from tpmm_pl.data.report import DataReport
-from tpmm_pl.data.sources import DataSource
+from tpmm_pl.data.rows.formats import preferences
+from tpmm_pl.data.rows.report import DataReport
+from tpmm_pl.data.rows.sources import DataSource
 from tpmm_pl.data.table import PairTable
+from tpmm_pl.data.tokens.chat import tokenize_pairs
 from tpmm_pl.types import InputError, Pair
 
 ENCODING = Encoding(max_length=32, max_prompt_length=16)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.models.tiny import WORDS, tiny_tokenizer
 from tpmm_pl.data.prompts import PromptData
-from tpmm_pl.data.sources import DataSource
+from tpmm_pl.data.rows.sources import DataSource
 from tpmm_pl.types import InputError, OffersPrompts, Prompt
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.models.tiny import PAD, WORDS, tiny_tokenizer
 from tpmm_pl.data.batching import PairLoader
-from tpmm_pl.data.chat import tokenize_pairs
-from tpmm_pl.data.formats import RawPair
+from tpmm_pl.data.rows.formats import RawPair
+from tpmm_pl.data.tokens.chat import tokenize_pairs
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.types import Pair
 

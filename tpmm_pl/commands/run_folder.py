@@ -28,7 +28,7 @@ _FREE_WHEN_UNFINISHED = ("pairs.", "trainer.accelerator", "trainer.devices")
 """Also these when a run goes on: after a round that had no pairs, or on another machine."""
 
 _CONTENTS = ("trajectory", "checkpoints", "tensorboard", "figures", "export")
-_FILES = ("config.yaml", "finished.json", "recipe.json", "run.log")
+_FILES = ("config.yaml", "data_report.json", "finished.json", "recipe.json", "run.log")
 
 
 class RunFinishedError(Exception):

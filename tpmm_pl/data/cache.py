@@ -16,9 +16,11 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.notices import say
-from tpmm_pl.data.report import SourceCounts
+from tpmm_pl.data.rows.report import SourceCounts
 from tpmm_pl.data.table import MESSAGES, SCHEMA, PairTable
+from tpmm_pl.data.tokens.truncation import truncate_prompt
 from tpmm_pl.files import file_sha256, replacing_folder
+from tpmm_pl.types import InputError
 
 _VERSION = 1
 """Raised when the same rows would become other pairs, so that no stale pair is taken for new."""
@@ -32,12 +34,22 @@ CACHED = SCHEMA.append(MESSAGES)
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens, as :func:`tpmm_pl.data.chat.tokenize_pairs` takes it."""
+    """How rows become tokens, as :func:`tpmm_pl.data.tokens.chat.tokenize_pairs` takes it.
+
+    Raises:
+        InputError: If there is no such truncation, or a budget leaves no room for a completion.
+    """
 
     max_length: int
     max_prompt_length: int
     truncation: str = "keep_end"
     whole_turns: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the budgets before a row is read."""
+        if self.max_length < 2:
+            raise InputError(f"max_length is {self.max_length}; it must be at least 2 tokens")
+        truncate_prompt((), self.max_prompt_length, self.truncation)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

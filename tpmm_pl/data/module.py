@@ -17,7 +17,7 @@ from tpmm_pl.data.cache import CACHE_DIR, Encoding
 from tpmm_pl.data.pairs import read_fuse_pool, read_pairs
 from tpmm_pl.data.parts import Parts, TableRounds, ordered, split_parts, with_noise
 from tpmm_pl.data.prepare import Data, Preparation, announce, write_report
-from tpmm_pl.data.sources import as_sources
+from tpmm_pl.data.rows.sources import as_sources
 from tpmm_pl.data.streams import PairStream
 from tpmm_pl.data.table import PairTable
 from tpmm_pl.noise import LabelNoise
@@ -102,7 +102,7 @@ class PreferenceData(RunData):
 
     Args:
         train: A file (JSONL, JSON, CSV, Parquet; ``.jsonl.gz``), a folder that ``datasets`` saved,
-            a data set on the hub, a :class:`~tpmm_pl.data.sources.DataSource` of these with
+            a data set on the hub, a :class:`~tpmm_pl.data.rows.sources.DataSource` of these with
             split, mapping and weight, or a list of them.
         fuse: The same for fuse pairs; otherwise a part of ``train`` is held out.
         fuse_fraction: Share of the prompts of ``train`` held out, without ``fuse``.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpmm_pl.data.mixture import mixed
+from tpmm_pl.data.rows.mixture import mixed
 from tpmm_pl.data.splits import refuse_shared_prompts, shuffled_by_prompt, split_by_prompt
 from tpmm_pl.data.table import PairTable, join
 from tpmm_pl.noise import LabelNoise, noisy_flips

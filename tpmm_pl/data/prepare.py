@@ -24,15 +24,15 @@ from tpmm_pl.data.cache import (
     tokenizer_fingerprint,
     write_tables,
 )
-from tpmm_pl.data.chat import tokenize_pairs
-from tpmm_pl.data.example import describe_example
-from tpmm_pl.data.formats import RawPair, preferences
-from tpmm_pl.data.mixture import mixed
 from tpmm_pl.data.notices import say
-from tpmm_pl.data.report import DataReport, SourceCounts
-from tpmm_pl.data.sources import DataSource, fingerprint
+from tpmm_pl.data.rows.formats import RawPair, preferences
+from tpmm_pl.data.rows.mixture import mixed
+from tpmm_pl.data.rows.report import DataReport, SourceCounts
+from tpmm_pl.data.rows.sources import DataSource, fingerprint
 from tpmm_pl.data.table import MESSAGES, PairTable, arrow, join
-from tpmm_pl.data.templates import prompt_text
+from tpmm_pl.data.tokens.chat import tokenize_pairs
+from tpmm_pl.data.tokens.example import describe_example
+from tpmm_pl.data.tokens.templates import prompt_text
 from tpmm_pl.types import InputError, Pair
 
 Row = TypeVar("Row")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tpmm_pl.data.chat import tokenize_prompts
-from tpmm_pl.data.formats import prompts
 from tpmm_pl.data.module import RunData
 from tpmm_pl.data.notices import say
 from tpmm_pl.data.prepare import Data, refuse_setting, write_report
-from tpmm_pl.data.report import DataReport
-from tpmm_pl.data.sources import DataSource, as_sources
+from tpmm_pl.data.rows.formats import prompts
+from tpmm_pl.data.rows.report import DataReport
+from tpmm_pl.data.rows.sources import DataSource, as_sources
 from tpmm_pl.data.splits import refuse_shared_prompts, shuffled_by_prompt, split_by_prompt
+from tpmm_pl.data.tokens.chat import tokenize_prompts
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import Prompt
 
@@ -21,7 +21,7 @@ class PromptData(RunData):
 
     Args:
         train: A file of prompts, plain or conversational, a folder, a data set on the hub, a
-            :class:`~tpmm_pl.data.sources.DataSource` of these, or a list of them.
+            :class:`~tpmm_pl.data.rows.sources.DataSource` of these, or a list of them.
         evaluation: The same by domain (``in_domain``, ``out_of_domain``); otherwise a part of
             ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.

@@ -16,7 +16,7 @@ from tpmm_pl.data.cache import CACHE_DIR, Encoding
 from tpmm_pl.data.notices import say
 from tpmm_pl.data.parts import hold_out, refuse_leak, with_noise
 from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_setting
-from tpmm_pl.data.sources import as_sources
+from tpmm_pl.data.rows.sources import as_sources
 from tpmm_pl.data.table import PairTable, join
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rounds import run_seed
@@ -88,8 +88,8 @@ class RewardData(RewardPairs):
 
     Args:
         train: A file (JSONL, JSON, CSV, Parquet; ``.jsonl.gz``), a folder that ``datasets`` saved,
-            a data set on the hub, a :class:`~tpmm_pl.data.sources.DataSource` of these with split
-            and mapping, or a list of them; a row may have a ``margin``.
+            a data set on the hub, a :class:`~tpmm_pl.data.rows.sources.DataSource` of these with
+            split and mapping, or a list of them; a row may have a ``margin``.
         evaluation: The same for held-out pairs by domain (``in_domain``, ``out_of_domain``);
             otherwise a part of ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.

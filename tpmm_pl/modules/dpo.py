@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tpmm_pl.data.tokens.chat import check_vocabulary
 from tpmm_pl.losses import log_ratios, preference_loss
 from tpmm_pl.models.scoring import PairScorer, pair_tokens, per_token
 from tpmm_pl.models.source import PolicySource
@@ -95,7 +96,10 @@ class DPOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the starting policy, once."""
         if not hasattr(self, "policy"):
-            self.policy = self.policy_source.load_model()
+            policy = self.policy_source.load_model()
+            rows = policy.get_input_embeddings().weight.shape[0]
+            check_vocabulary(self.policy_source.load_tokenizer(), rows)
+            self.policy = policy
             # an adapter's checkpoint leaves the frozen base model out
             self.strict_loading = not isinstance(self.policy, PeftModel)
 

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tpmm_pl.data.tokens.chat import check_vocabulary
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
 from tpmm_pl.models.source import PolicySource
@@ -70,7 +71,10 @@ class RewardModule(PairValidation, LightningModule):
     def configure_model(self) -> None:
         """Load the reward model, once."""
         if not hasattr(self, "reward"):
-            self.reward = self.reward_source.load_model()
+            reward = self.reward_source.load_model()
+            rows = reward.get_input_embeddings().weight.shape[0]
+            check_vocabulary(self.reward_source.load_tokenizer(), rows)
+            self.reward = reward
             # an adapter's checkpoint leaves the frozen base model out
             self.strict_loading = not isinstance(self.reward, PeftModel)
 
