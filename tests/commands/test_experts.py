@@ -214,7 +214,10 @@ def test_numbers_below_one_and_places_that_cannot_be_written_are_refused(
     assert "--steps 50 and --batch_size 0 must be at least 1" in sentence
     sentence = refused(capsys, *given, tmp_path / "out", "--max_length", "1")
     assert "max_length is 1; it must be at least 2 tokens" in sentence
-    sentence = refused(capsys, *given, tmp_path / "out", "--max_length", "2")
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text(json.dumps({"prompt": "w1", "chosen": "w2 w3", "rejected": "w2 w4"}))
+    cut = ["consolidate", experts, "--pairs", alike, "--out", tmp_path / "out"]
+    sentence = refused(capsys, *cut, "--max_length", "2")
     assert "leaves no pair at --max_length 2; give others" in sentence
     assert "cannot be made" in refused(capsys, *given, pairs / "out")
     assert "cannot be made" in refused(capsys, *given, pairs, "--overwrite")

@@ -97,8 +97,8 @@ class DPOModule(LightningModule):
         """Load the starting policy, once."""
         if not hasattr(self, "policy"):
             policy = self.policy_source.load_model()
-            rows = policy.get_input_embeddings().weight.shape[0]
-            check_vocabulary(self.policy_source.load_tokenizer(), rows)
+            embedding: Any = policy.get_input_embeddings()
+            check_vocabulary(self.policy_source.load_tokenizer(), embedding.weight.shape[0])
             self.policy = policy
             # an adapter's checkpoint leaves the frozen base model out
             self.strict_loading = not isinstance(self.policy, PeftModel)

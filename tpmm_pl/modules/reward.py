@@ -72,8 +72,8 @@ class RewardModule(PairValidation, LightningModule):
         """Load the reward model, once."""
         if not hasattr(self, "reward"):
             reward = self.reward_source.load_model()
-            rows = reward.get_input_embeddings().weight.shape[0]
-            check_vocabulary(self.reward_source.load_tokenizer(), rows)
+            embedding: Any = reward.get_input_embeddings()
+            check_vocabulary(self.reward_source.load_tokenizer(), embedding.weight.shape[0])
             self.reward = reward
             # an adapter's checkpoint leaves the frozen base model out
             self.strict_loading = not isinstance(self.reward, PeftModel)
