@@ -12,7 +12,8 @@ from tpmm_pl.callbacks.reference_merge import ReferenceMerge
 from tpmm_pl.callbacks.reward_evaluation import RewardEvaluation
 from tpmm_pl.callbacks.reward_export import RewardExport
 from tpmm_pl.callbacks.round_checkpoint import FitCheckpoint, RoundCheckpoint
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, finish_round
+from tpmm_pl.callbacks.round_context import RoundContext
+from tpmm_pl.callbacks.round_end import RoundCallback, finish_round
 from tpmm_pl.callbacks.round_evaluation import RoundEvaluation
 from tpmm_pl.callbacks.trajectory_snapshot import TrajectorySnapshot
 

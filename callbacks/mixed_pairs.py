@@ -8,7 +8,7 @@ import torch
 
 from tpmm_pl.callbacks.offline_pairs import OfflinePairs
 from tpmm_pl.callbacks.on_policy_pairs import OnPolicyPairs
-from tpmm_pl.callbacks.round_end import RoundContext
+from tpmm_pl.callbacks.round_context import RoundContext
 from tpmm_pl.callbacks.round_pairs import RoundPairs
 from tpmm_pl.data.table import PairTable, as_table, join
 from tpmm_pl.types import InputError, OffersPairs, OffersPrompts

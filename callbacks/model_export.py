@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
+from torch import nn
 
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.round_end import RoundCallback
+from tpmm_pl.losses import PreferenceLoss
 from tpmm_pl.models.card import CARD, policy_card
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.hub import check_repository, push_folder
@@ -62,6 +65,20 @@ class ModelExport(RoundCallback):
         """Return the stage that writes the folders."""
         return {"export": self.export}
 
+    def check_policy(self, policy: nn.Module) -> None:
+        """Refuse a rank that the policy's merges cannot be cut to.
+
+        Raises:
+            InputError: If the policy has no adapter, or one that scales rows of full weights.
+        """
+        asked = f"export.adapter_rank is {self.adapter_rank}, but"
+        if self.adapter_rank != "exact" and not isinstance(policy, PeftModel):
+            raise InputError(f"{asked} the policy has no adapter; leave it out, or set lora")
+        if isinstance(self.adapter_rank, int) and not is_mergeable(policy):
+            raise InputError(
+                f"{asked} the policy has use_dora, whose rank cannot be changed; leave it out"
+            )
+
     def export(self, context: RoundContext) -> None:
         """Write the folders, then push one of them."""
         index, store = context.round_index, context.store
@@ -77,6 +94,8 @@ class ModelExport(RoundCallback):
             else:
                 context.load(recipe)
             self._write(context, recipe, facts, _folder(store, name))
+        *others, newest = sorted(wanted, key=("last", "merged", "best").index)
+        print(f"export: {', '.join(others)} and {newest} in {_folder(store, '')}", flush=True)
         if self.push_to_hub is not None:
             self._push(context, self.push_to_hub, _folder(store, self.push))
 
@@ -90,7 +109,8 @@ class ModelExport(RoundCallback):
         context.forget()
         cut = policy.peft_config[str(policy.active_adapter)].r  # type: ignore[attr-defined]
         print(f"export/merged: cut to rank {cut}, relative error {error:.1e}", flush=True)
-        return {"adapter rank": cut, "relative error of the rank": f"{error:.1e}"}
+        known = {"adapter rank": cut, "relative error of the rank": f"{error:.1e}"}
+        return known | {"metrics measured": "before the cut to that rank"}
 
     def _write(
         self, context: RoundContext, recipe: Recipe, facts: dict[str, Any], out: Path
@@ -121,13 +141,11 @@ class ModelExport(RoundCallback):
 
 def training_facts(context: RoundContext) -> dict[str, Any]:
     """Return what a module of preference training says of itself, by name."""
-    terms = getattr(getattr(context.receiver, "loss", None), "terms", ())
-    names = " + ".join(term.name for term in terms)
+    loss = getattr(context.receiver, "loss", None)
     return {
         "rounds": context.round_index,
         "epochs a round": getattr(context.receiver, "epochs_per_round", None),
-        "loss": names or None,
-        "beta": getattr(context.receiver, "beta", None),
+        "loss": loss if isinstance(loss, PreferenceLoss) else None,
         "seed": context.seed,
     }
 

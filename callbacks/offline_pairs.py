@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tpmm_pl.callbacks.round_end import RoundContext
+from tpmm_pl.callbacks.round_context import RoundContext
 from tpmm_pl.callbacks.round_pairs import RoundPairs
 from tpmm_pl.types import InputError, OffersPairs, Pair
 

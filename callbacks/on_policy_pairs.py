@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tpmm_pl.callbacks.round_end import RoundContext
+from tpmm_pl.callbacks.round_context import RoundContext
 from tpmm_pl.callbacks.round_pairs import RoundPairs
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.pairing import check_method, pair_completions

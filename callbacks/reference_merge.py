@@ -8,8 +8,10 @@ from math import isfinite
 from typing import Literal
 
 import torch
+from torch import nn
 
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage, reset_optimizer
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.round_end import RoundCallback, reset_optimizer
 from tpmm_pl.data.batching import fuse_loader
 from tpmm_pl.data.pairs import read_fuse_pool
 from tpmm_pl.fabric import fit_with_fabric
@@ -82,11 +84,18 @@ class ReferenceMerge(RoundCallback):
             "next_policy": self.set_next_policy,
         }
 
+    def check_policy(self, policy: nn.Module) -> None:
+        """Refuse adapters of which several have no merge, where several are to be merged.
+
+        Raises:
+            InputError: Naming the settings that go with them.
+        """
+        if self.strategy not in ("last", "initial") or self.ship != "merge":
+            check_mergeable(policy)
+
     def make_reference(self, context: RoundContext) -> None:
         """Write the recipe of the next round's reference."""
         index = context.round_index
-        if self.strategy not in ("last", "initial") or self.ship != "merge":
-            check_mergeable(context.policy)
         if "learned" in (self.strategy, self.ship):
             _check_held_out(context)
         if self.strategy == "learned":

@@ -30,7 +30,9 @@ class RewardExport(Callback):
                 f"{type(pl_module).__name__} and {type(trainer.datamodule).__name__}"  # type: ignore[attr-defined]
             )
         source = getattr(pl_module, "reward_source", None)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # the others are of one batch of training
+        known = trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in known if name.startswith("eval/")}
         card = reward_card({} if source is None else source.describe(), metrics)
         out = Path(trainer.default_root_dir) / "export" / "reward"
         export_reward_model(reward, tokenizer, out, card)

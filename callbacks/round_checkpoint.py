@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.files import replacing
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"

@@ -8,22 +8,19 @@ killed anywhere goes on with the stage that was cut off.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
 from tpmm_pl.fabric import fabric_like
-from tpmm_pl.models.weights import become, materialise
-from tpmm_pl.rounds import RoundSchedule, one_hot, run_seed
+from tpmm_pl.rounds import RoundSchedule, run_seed
 from tpmm_pl.trajectory import GIVEN, TrajectoryStore
-from tpmm_pl.types import HasPolicy, HasReference, InputError, Recipe
+from tpmm_pl.types import HasPolicy, HasReference, InputError
 
 STAGES = (
     "protect",
@@ -45,86 +42,6 @@ _ONLY_LAST = frozenset({"ship", "evaluate_ship", "export"})
 _ONLY_BETWEEN = frozenset({"next_policy", "pairs", "checkpoint"})
 
 
-@dataclass
-class RoundContext:
-    """What the stages of a round's end work on; made by a trainer's hook or by hand.
-
-    Args:
-        policy: The module whose weights are the policy.
-        store: The trajectory on disk.
-        round_index: The round just finished; 0 before the first.
-        final: Whether no round follows.
-        given_next: Whether the next round is a checkpoint that was given: nothing trains after
-            this one.
-        seed: Of everything random in the stages.
-        data: Where prompts, pairs and the tokenizer come from.
-        receiver: Told the new reference if it is a :class:`tpmm_pl.types.HasReference`.
-        fabric: Devices and precision of passes and fits.
-        optimizers: Reset when the next policy is set.
-        trainer: Saved by the checkpoint stages; absent in a loop of one's own.
-        log: Takes metrics as they come.
-    """
-
-    policy: nn.Module
-    store: TrajectoryStore
-    round_index: int
-    final: bool = False
-    given_next: bool = False
-    seed: int = 0
-    data: Any = None
-    receiver: Any = None
-    fabric: Fabric = field(default_factory=lambda: Fabric(accelerator="cpu", devices=1))
-    optimizers: Sequence[torch.optim.Optimizer] = ()
-    trainer: Trainer | None = None
-    log: Callable[[Mapping[str, float]], None] = lambda metrics: None
-    next_policy: Recipe | None = None
-    """Set by the stage of that name; the newest snapshot otherwise."""
-    _holds: tuple[str, Recipe] | None = None
-    _trains: tuple[str, Recipe] | None = None
-
-    def key(self, stage: str) -> str:
-        """Name the random draws of a stage."""
-        return f"{self.seed}/{self.round_index}/{stage}"
-
-    def generator(self, stage: str) -> torch.Generator:
-        """Return a generator that depends on (seed, round, stage) only."""
-        digest = sha256(self.key(stage).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-    def load(self, recipe: Recipe) -> None:
-        """Make the policy's module compute as a recipe does."""
-        if self._holds != ("exact", recipe):
-            materialise(self.policy, self.store, recipe)
-            self._holds = ("exact", recipe)
-
-    def forget(self) -> None:
-        """Say that the module holds something that is no recipe."""
-        self._holds = ("unknown", one_hot(self.round_index))
-
-    def load_policy(self) -> None:
-        """Put the policy of this round back."""
-        self.load(one_hot(self.round_index))
-
-    def set_next_policy(self, recipe: Recipe) -> float:
-        """Make a recipe the policy of the next round; return the relative error of doing so."""
-        self.next_policy = recipe
-        error = become(self.policy, self.store, recipe)
-        self._holds = self._trains = ("cut" if error else "exact", recipe)
-        return error
-
-    def put_back(self) -> None:
-        """Leave in the module what trains next: the next policy, or this round's."""
-        if self.next_policy is None:
-            if self._holds is not None:
-                self.load_policy()
-        elif self._holds != self._trains:
-            # also where the module holds the same merge exactly: an adapter of another rank
-            self.set_next_policy(self.next_policy)
-
-
-Stage = Callable[[RoundContext], None]
-
-
 def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> None:
     """Run the stages of a round's end that are not complete, in their one order.
 
@@ -133,6 +50,8 @@ def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> N
         context: The round. ``policy`` holds the trained weights of the round when its snapshot is
             not on disk yet, and the weights to train next when this returns.
     """
+    for callback in callbacks:
+        callback.check_policy(context.policy)
     training = context.policy.training
     context.policy.eval()
     left_out = _ONLY_BETWEEN if context.final else _ONLY_LAST
@@ -190,6 +109,13 @@ class RoundCallback(Callback):
     def stages(self) -> dict[str, Stage]:
         """Return what this callback contributes, by the names of ``STAGES``."""
         return {}
+
+    def check_policy(self, policy: nn.Module) -> None:
+        """Refuse a policy that the settings do not fit, before any stage has run.
+
+        Raises:
+            InputError: Naming the way out.
+        """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make record 0 and the first pairs; a resumed fit only checks the manifest."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.data.pairs import read_pairs, write_pairs
 from tpmm_pl.data.table import with_reference
 from tpmm_pl.evaluation import (

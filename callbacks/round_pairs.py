@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.data.notices import say
-from tpmm_pl.data.pairs import read_fuse_pool, write_pairs
+from tpmm_pl.data.pairs import read_fuse_pool, refuse_fuse_prompts, write_pairs
 from tpmm_pl.data.table import PairTable, as_table, join, with_reference
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.rounds import one_hot
@@ -38,7 +39,6 @@ class RoundPairs(RoundCallback):
         super().__init__()
         self.score_batch_size = score_batch_size
         self.train_on_fuse_pairs = train_on_fuse_pairs
-        self._skipping_told = False
 
     @abstractmethod
     def training_pairs(self, context: RoundContext, round_index: int) -> Sequence[Pair]:
@@ -68,6 +68,7 @@ class RoundPairs(RoundCallback):
         """Write the next round's pairs, scored under its reference if the loss needs one.
 
         Raises:
+            InputError: If one of their prompts is held out for learning coefficients.
             RunError: If there is no pair.
         """
         index = context.round_index
@@ -75,6 +76,8 @@ class RoundPairs(RoundCallback):
         pairs = as_table(self.training_pairs(context, index + 1))
         if self.train_on_fuse_pairs:
             pairs = join(pairs, read_fuse_pool(context.store, index))
+        else:
+            refuse_fuse_prompts(pairs, context.store, index)
         if not pairs:
             raise RunError(
                 f"round {index + 1} has no pairs: every candidate was a tie or a repetition; raise "
@@ -89,9 +92,6 @@ class RoundPairs(RoundCallback):
         if getattr(context.receiver, "needs_reference", True):
             recipe = context.store.record(index).recipe or one_hot(0)
             pairs = self._scored(context, pairs, recipe, f"pairs of round {index + 1}")
-        elif not self._skipping_told:
-            self._skipping_told = True
-            say("the loss needs no reference: the pairs of the rounds are not scored under one")
         path = context.store.folder(index) / "pairs.parquet"
         write_pairs(path, pairs)
         context.store.update(index, pairs=context.store.relative(path))

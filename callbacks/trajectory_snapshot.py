@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpmm_pl.callbacks.round_end import RoundCallback, RoundContext, Stage
+from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.models.checkpoints import load_checkpoint
 from tpmm_pl.models.weights import save_policy
 from tpmm_pl.trajectory import GIVEN
@@ -28,9 +29,10 @@ class TrajectorySnapshot(RoundCallback):
         InputError: If a folder is not there.
     """
 
-    def __init__(self, start_from: Sequence[str] = ()) -> None:
+    def __init__(self, start_from: Sequence[str] | str = ()) -> None:
         super().__init__()
-        self.start_from = [Path(folder).expanduser() for folder in start_from]
+        folders = [start_from] if isinstance(start_from, str) else start_from
+        self.start_from = [Path(folder).expanduser() for folder in folders]
         self.given_rounds = len(self.start_from)
         for folder in self.start_from:
             if not folder.is_dir():
@@ -49,5 +51,5 @@ class TrajectorySnapshot(RoundCallback):
         if 0 < index <= self.given_rounds:
             folder = self.start_from[index - 1]
             load_checkpoint(context.policy, folder)
-            context.store.update(index, notes={GIVEN: f"given: {folder.resolve()}"})
+            context.store.update(index, notes={GIVEN: f"given: {folder}"})
         save_policy(context.policy, context.store, index)

@@ -20,7 +20,7 @@ from tpmm_pl.callbacks import (
     TrajectorySnapshot,
 )
 from tpmm_pl.callbacks.round_checkpoint import CHECKPOINT, AtomicCheckpointIO
-from tpmm_pl.callbacks.round_end import Stage
+from tpmm_pl.callbacks.round_context import Stage
 from tpmm_pl.modules.dpo import DPOModule
 from tpmm_pl.modules.fusion import FusionSettings
 from tpmm_pl.noise import LabelNoise

@@ -18,7 +18,7 @@ from tpmm_pl.callbacks import (
     TrajectorySnapshot,
 )
 from tpmm_pl.callbacks.round_checkpoint import CHECKPOINT
-from tpmm_pl.callbacks.round_end import Stage
+from tpmm_pl.callbacks.round_context import Stage
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.weights import materialise
 from tpmm_pl.rounds import one_hot
@@ -173,6 +173,11 @@ def test_a_run_killed_before_its_first_step_starts_again_from_the_newest_checkpo
     assert len(recorder.starts) == 1
     for name, tensor in recorder.starts[0].items():
         assert torch.equal(tensor, newest[name]), name
+
+
+def test_one_folder_needs_no_list(tmp_path: Path) -> None:
+    snapshot = TrajectorySnapshot(str(tmp_path))
+    assert (snapshot.start_from, snapshot.given_rounds) == ([tmp_path], 1)
 
 
 def test_rounds_count_the_given_ones(

@@ -19,7 +19,7 @@ from tpmm_pl.callbacks import (
     TrajectorySnapshot,
     finish_round,
 )
-from tpmm_pl.callbacks.round_end import Stage
+from tpmm_pl.callbacks.round_context import Stage
 from tpmm_pl.data.pairs import read_pairs
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.modules.dpo import DPOModule

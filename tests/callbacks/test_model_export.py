@@ -24,6 +24,7 @@ from tpmm_pl.callbacks import (
     model_export,
 )
 from tpmm_pl.callbacks.model_export import best_round
+from tpmm_pl.losses import preference_loss
 from tpmm_pl.merging import linear_merge
 from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
@@ -74,7 +75,8 @@ def perturbed(root: Path, count: int, lora: LoraSettings | None) -> RoundContext
     """Write the start and ``count`` perturbed policies; return the last one's context."""
     export_model(tiny_llama(), tiny_tokenizer(), None, root / "model")
     source = PretrainedPolicy(str(root / "model"), lora=lora)
-    receiver = SimpleNamespace(policy_source=source, beta=0.1, epochs_per_round=1)
+    loss = preference_loss({"sigmoid": 1.0, "sft": 0.1})
+    receiver = SimpleNamespace(policy_source=source, loss=loss, epochs_per_round=1)
     context = context_of(root, source, receiver=receiver)
     generator = torch.Generator().manual_seed(0)
     for index in range(count + 1):
@@ -174,6 +176,34 @@ def test_adapters_with_magnitudes_are_exported_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "export" / "merged").exists(), "nothing chose a merge"
 
 
+@pytest.mark.parametrize(
+    ("lora", "rank", "sentence"),
+    [
+        (LoraSettings(r=2, use_dora=True), 4, "has use_dora, whose rank cannot be changed"),
+        (None, 4, "the policy has no adapter"),
+        (None, "policy", "the policy has no adapter"),
+    ],
+)
+def test_a_rank_that_would_do_nothing_is_refused_before_any_stage(
+    lora: LoraSettings | None, rank: Any, sentence: str, tmp_path: Path
+) -> None:
+    export_model(tiny_llama(), tiny_tokenizer(), None, tmp_path / "model")
+    context = context_of(tmp_path, PretrainedPolicy(str(tmp_path / "model"), lora=lora))
+    with pytest.raises(InputError, match=rf"adapter_rank is {rank}, but .*{sentence}"):
+        finish_round([TrajectorySnapshot(), ModelExport(adapter_rank=rank)], context)
+    assert not context.store.rounds
+
+
+def test_the_folders_are_named_when_they_are_written(
+    start: LettersPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    context.final = True
+    finish_round([ReferenceMerge("uniform", ship_steps=0), ModelExport()], context)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"export: last, merged and best in {tmp_path / 'export'}"
+
+
 def test_every_folder_states_its_recipe(tmp_path: Path) -> None:
     context = adapters(tmp_path, 2)
     context.store.update(2, metrics={"gold/in_domain": 2.0, "merge/gold/in_domain": 3.0})
@@ -185,7 +215,9 @@ def test_every_folder_states_its_recipe(tmp_path: Path) -> None:
     assert "| gold/in_domain | 2 |" in cards["last"]
     assert "| gold/in_domain | 3 |" in cards["merged"]
     assert "| adapter rank | 2 |" in cards["merged"]
-    assert "| beta | 0.1 |" in cards["merged"]
+    assert "| metrics measured | before the cut to that rank |" in cards["merged"]
+    assert "metrics measured" not in cards["last"]
+    assert f"| loss | {context.receiver.loss} |" in cards["merged"]
     assert "library_name: peft" in cards["merged"]
     assert cards["merged"].count("| 0.333333 |") == 3
     written = json.loads((tmp_path / "export" / "merged" / "recipe.json").read_text())

@@ -23,11 +23,12 @@ def test_an_exported_reward_model_has_a_card(moe: MoESettings | None, tmp_path: 
         is_global_zero=True,
         default_root_dir=tmp_path,
         datamodule=SimpleNamespace(tokenizer=source.load_tokenizer()),
-        callback_metrics={"val/accuracy": torch.tensor(0.75)},
+        callback_metrics={"eval/accuracy": torch.tensor(0.75), "loss": torch.tensor(0.5)},
     )
     RewardExport().on_fit_end(trainer, module)
     card = (tmp_path / "export" / "reward" / "README.md").read_text(encoding="utf-8")
-    assert "| val/accuracy | 0.75 |" in card
-    assert f"| base model | {tmp_path / 'model'} |" in card
+    assert "| eval/accuracy | 0.75 |" in card
+    assert "| loss |" not in card, "of one batch of training"
+    assert "| base model | model |" in card
     assert ("| moe |" in card) == (moe is not None)
     assert "base_model:" not in card, "a folder is none for the hub"

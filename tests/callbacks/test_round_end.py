@@ -32,7 +32,8 @@ from tpmm_pl.callbacks import (
     TrajectorySnapshot,
     finish_round,
 )
-from tpmm_pl.callbacks.round_end import STAGES, Stage, reset_optimizer
+from tpmm_pl.callbacks.round_context import Stage
+from tpmm_pl.callbacks.round_end import STAGES, reset_optimizer
 from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.load import PretrainedPolicy

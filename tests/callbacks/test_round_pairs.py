@@ -24,7 +24,7 @@ from tpmm_pl.noise import LabelNoise
 from tpmm_pl.toy.judges import LettersProxy
 from tpmm_pl.toy.rewards import answer_pairs
 from tpmm_pl.toy.start import LettersPolicy
-from tpmm_pl.types import Pair, PairLogps
+from tpmm_pl.types import InputError, Pair, PairLogps
 
 FREE = SimpleNamespace(needs_reference=False)
 SCORED = [(-7.0 - place, -9.0 - place) for place in range(16)]
@@ -69,7 +69,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_without_need_of_a_reference_only_fuse_pairs_are_scored(
-    start: LettersPolicy, tmp_path: Path, scored: list[int], capsys: pytest.CaptureFixture[str]
+    start: LettersPolicy, tmp_path: Path, scored: list[int]
 ) -> None:
     context = context_of(tmp_path, start, receiver=FREE)
     callbacks = [TrajectorySnapshot(), letters_pairs()]
@@ -83,8 +83,6 @@ def test_without_need_of_a_reference_only_fuse_pairs_are_scored(
             value < 0 for both in references(fuse_pairs(context.store, index)) for value in both
         )
     assert scored == [len(fuse_pairs(context.store, index)) for index in (0, 1)]
-    said = [line for line in capsys.readouterr().err.splitlines() if "needs no reference" in line]
-    assert said == ["the loss needs no reference: the pairs of the rounds are not scored under one"]
 
 
 def test_a_run_without_a_reference_learns_and_ships_a_merge(
@@ -114,6 +112,19 @@ def test_reference_columns_of_the_data_are_used_where_the_start_is_the_reference
         f"{name}: the log-probabilities of the starting policy come with the data"
         for name in ("fuse pairs", "pairs of round 1")
     ]
+
+
+def test_pairs_on_prompts_of_the_fuse_pairs_are_refused_unless_they_are_the_control(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    leaking = Known(train_pairs=lambda round_index: pairs_of("fuse", SCORED[:3]))
+    context = context_of(tmp_path / "run", start, data=leaking)
+    with pytest.raises(InputError, match="3 of 3 pairs for round 1 have prompts of the held-out"):
+        finish_round([TrajectorySnapshot(), OfflinePairs()], context)
+    assert context.store.record(0).pairs is None
+    context = context_of(tmp_path / "control", start, data=leaking)
+    finish_round([TrajectorySnapshot(), OfflinePairs(train_on_fuse_pairs=True)], context)
+    assert len(round_pairs(context.store, 0)) == 3 + len(SCORED)
 
 
 @pytest.mark.parametrize(("strategy", "used"), [("initial", True), ("last", False)])

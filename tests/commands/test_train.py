@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,16 @@ def test_an_offline_run_leaves_a_complete_folder(
     assert {"config.yaml", "checkpoints/last.ckpt", "export/last/model.safetensors"} <= names
     assert {"export/merged/model.safetensors", "export/best/config.json", "tensorboard"} <= names
     AutoModelForCausalLM.from_pretrained(run / "export" / "merged")
+
+
+def test_a_run_of_adapters_prints_no_bars_and_no_warning_of_other_libraries(
+    offline: list[object],
+) -> None:
+    flags = ["--config", "configs/overlays/lora.yaml", "--reference.strategy", "last"]
+    command = [sys.executable, "-m", "tpmm_pl.cli", *map(str, offline), *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "FutureWarning" not in done.stderr
+    assert "it/s" not in done.stderr
 
 
 def test_a_finished_run_is_recognised_and_a_changed_one_refused(
@@ -244,6 +255,17 @@ def test_an_online_run_pairs_the_best_and_worst_by_the_reward_model(
         (["--data.batch_size", 64], "fewer than a batch of 64; give more pairs or a smaller"),
         (["--model.policy.name_or_path", "/no/such/model"], "/no/such/model"),
         (["--model.label_smoothing", 0.1], "does not use label_smoothing 0.1"),
+        (["--model.los", "ipo"], "there is no setting model.los; did you mean loss?"),
+        (["--model.policy.lora.rank", 3], "no setting model.policy.lora.rank; there are r, alpha,"),
+        (["--model.rounds", "x"], "model.rounds is x; it must be a whole number"),
+        (["--export.push", "all"], "export.push is all; it must be 'last' or 'merged' or 'best'"),
+        (
+            ["--export.adapter_rank", "low"],
+            "export.adapter_rank is low; it must be 'exact' or 'policy' or a whole number",
+        ),
+        (["--data.class_path", "Foo"], "data is 'Foo'; it must be a class as package.module.Class"),
+        (["--modl.rounds", 3], "unrecognized arguments: --modl.rounds 3"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -257,6 +279,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     error = capsys.readouterr().err.strip().splitlines()
     assert sentence in error[-1]
     assert "Traceback" not in "".join(error)
+    assert "usage:" not in "".join(error)
 
 
 def test_a_malformed_line_is_named(

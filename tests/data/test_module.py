@@ -69,6 +69,16 @@ def test_no_held_out_prompt_reaches_training(train: str, tmp_path: Path) -> None
     assert not fuse & unseen
 
 
+def test_prompts_that_differ_in_white_space_alone_are_on_one_side(tmp_path: Path) -> None:
+    twice = [row(index // 2, prompt=f"w{index // 2}" + " " * (index % 2)) for index in range(40)]
+    path = write(tmp_path / "t.jsonl", *twice)
+    data = set_up(PreferenceData(path, fuse_fraction=0.5, eval_fraction=0.2), tmp_path, rounds=1)
+    parts = [data.train_pairs(1), data.fuse_pairs(), data.eval_pairs()["in_domain"]]
+    sides = [{text.strip() for text in texts(part)} for part in parts]
+    assert [len(side) for side in sides] == [8, 8, 4]
+    assert len(set.union(*sides)) == 20
+
+
 @pytest.mark.parametrize("side", ["fuse", "evaluation"])
 def test_a_file_that_shares_a_prompt_with_training_is_refused(
     side: str, train: str, tmp_path: Path
@@ -94,6 +104,33 @@ def test_a_round_takes_its_budget(
         assert len(set(chain(*parts))) == 60
     if budget == "all":
         assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("pairs_per_round", 0), ("max_eval_pairs", -1), ("max_prompt_length", 0)]
+)
+def test_a_number_out_of_range_is_refused_and_no_default_put_in_its_place(
+    setting: str, value: int
+) -> None:
+    settings: dict[str, Any] = {setting: value}
+    with pytest.raises(InputError, match=rf"is {value}[; ]"):
+        PreferenceData("train.jsonl", **settings)
+
+
+def test_a_budget_above_the_data_is_told(
+    train: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up(PreferenceData(train, pairs_per_round=99), tmp_path)
+    assert "data.pairs_per_round is 99, but there are 51 training pairs" in capsys.readouterr().err
+
+
+def test_what_became_of_the_rows_is_told_before_too_few_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = write(tmp_path / "long.jsonl", *(row(index, prompt="w1 w2 w3") for index in range(9)))
+    with pytest.raises(InputError, match=r"0 distinct prompts cannot be split"):
+        set_up(PreferenceData(long, max_length=2, max_prompt_length=2), tmp_path)
+    assert "dropped: completion empty after truncation" in capsys.readouterr().err
 
 
 def test_too_few_pairs_for_a_batch_are_refused(train: str, tmp_path: Path) -> None:
@@ -164,11 +201,37 @@ def test_the_report_is_told_once_with_an_example_and_written(
     assert not said.out
     assert said.err.count("dropped: chosen and rejected identical") == 1
     assert said.err.count("the tokens in brackets are trained on") == 1
+    parts = "training pairs: 57, 28 a round; fuse pairs: 1; evaluation pairs: 3 in_domain"
+    assert parts in said.err.splitlines()
     written = json.loads((tmp_path / "run" / "data_report.json").read_text())["sources"]
     assert {Path(name).name: counts["read"] for name, counts in written.items()} == {
         "train.jsonl": 60,
         "fuse.jsonl": 2,
     }
+
+
+def test_the_example_is_trained_on_and_swapped_labels_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "t.jsonl", *(row(index, prompt="w1") for index in range(20)))
+    fuse = write(tmp_path / "f.jsonl", row(0, prompt="w9 w9 w9"))
+    data = PreferenceData(train, fuse=fuse, eval_fraction=0, noise=LabelNoise(flip=1))
+    set_up(data, tmp_path)
+    said = capsys.readouterr().err
+    assert "prompt    1 tokens   w1" in said
+    assert "training pairs: 20 (20 swapped by noise), 10 a round; fuse pairs: 1 (1 swapped" in said
+    assert "one example, its label swapped by noise;" in said
+
+
+def test_the_first_skipped_rows_are_told(
+    train: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking: dict[str, object] = {"prompt": "w1"}
+    bad = write(tmp_path / "bad.jsonl", *([lacking] * 5), row(600))
+    set_up(PreferenceData([train, bad], max_bad_rows=5), tmp_path)
+    told = [line for line in capsys.readouterr().err.splitlines() if "bad.jsonl, line" in line]
+    assert len(told) == 3
+    assert told[0].startswith("skipped: ")
 
 
 def test_prompts_of_pairs_can_be_answered_too(train: str, tmp_path: Path) -> None:
@@ -236,6 +299,12 @@ def test_noise_on_a_stream_spares_evaluation_and_survives_a_resume(tmp_path: Pat
     assert any(flipped[0])
     assert [pair.flipped for pair in resumed.train_pairs(2)] == flipped[1]
     assert not any(pair.flipped for pair in data.eval_pairs()["in_domain"])
+
+
+def test_a_stream_may_hold_out_nothing(tmp_path: Path) -> None:
+    data = PreferenceData(stream(tmp_path, 60), pairs_per_round=16, max_eval_pairs=0)
+    set_up(data, tmp_path)
+    assert (len(data.fuse_pairs()), len(data.eval_pairs()["in_domain"])) == (0, 0)
 
 
 @pytest.mark.parametrize("budget", [None, "all"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
@@ -246,8 +247,8 @@ def test_bad_rows_are_skipped_within_their_number_also_from_the_cache(tmp_path: 
     table, report = prepared(source, tmp_path / "cache", max_bad_rows=1)
     assert len(table) == 2
     assert len(report.sources[source.label].bad) == 1
-    with pytest.raises(InputError, match=r"d\.jsonl, line 2.*max_bad_rows is 0"):
-        prepared(source, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"d\.jsonl, line 2.*max_bad_rows, now 0"):
+        prepared(source, tmp_path / "cache", max_bad_rows=0)
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
@@ -258,8 +259,8 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     refused = chat(1)
     refused["prompt"] = system + list(refused["prompt"])  # type: ignore[call-overload]
     source = write(tmp_path / "d.jsonl", chat(0), refused, chat(2))
-    with pytest.raises(InputError, match=r"line 2: the chat template refuses .*max_bad_rows is 0"):
-        prepared(source, None, tokenizer)
+    with pytest.raises(InputError, match=r"line 2: the chat template refuses .*_bad_rows, now 0"):
+        prepared(source, None, tokenizer, max_bad_rows=0)
     table, report = prepared(source, None, tokenizer, max_bad_rows=1)
     assert [pair.prompt_ids[1:2] for pair in table] == [(6,), (8,)]
     assert len(report.sources[source.label].bad) == 1
@@ -296,3 +297,18 @@ def test_a_stream_yields_the_pairs_of_its_sources_in_proportion(
 def test_an_answer_ends_once(tmp_path: Path) -> None:
     table, _ = prepared(write(tmp_path / "d.jsonl", chat(0), plain(0)), tmp_path / "cache")
     assert all(pair.chosen_ids.count(EOS) == 1 == pair.rejected_ids.count(EOS) for pair in table)
+
+
+def test_a_parquet_file_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.Table.from_pylist([plain(index) for index in range(20)]), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"d\.parquet cannot be read .*it may be cut off"):
+        prepared(DataSource(str(path)), tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = write(tmp_path / "d.jsonl", plain(0))
+    with pytest.raises(InputError, match=r"file/cache .*; choose another data\.cache_dir"):
+        prepared(source, tmp_path / "file" / "cache")

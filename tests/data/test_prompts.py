@@ -26,8 +26,8 @@ def train(tmp_path: Path) -> str:
     )
 
 
-def set_up(data: PromptData, root: Path) -> PromptData:
-    source = SimpleNamespace(load_tokenizer=tiny_tokenizer)
+def set_up(data: PromptData, root: Path, *, template: bool = True) -> PromptData:
+    source = SimpleNamespace(load_tokenizer=lambda: tiny_tokenizer(template=template))
     module = SimpleNamespace(policy_source=source)
     attached: Any = SimpleNamespace(lightning_module=module, default_root_dir=str(root / "run"))
     data.trainer = attached
@@ -89,3 +89,23 @@ def test_a_setting_without_effect_is_refused(setting: str, train: str, tmp_path:
     source = DataSource(train, **settings)
     with pytest.raises(InputError, match=rf"train\.jsonl sets {setting}, but .*; leave it out"):
         set_up(PromptData(source), tmp_path)
+
+
+def test_a_prompt_that_comes_again_is_answered_once_and_counted(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name, "w1", "w2", "w1  ") for name in ("a.jsonl", "b.jsonl")]
+    data = set_up(PromptData(list(paths), eval_fraction=0, fuse_fraction=0), tmp_path)
+    assert sorted(texts(data.train_prompts(1))) == ["w1", "w2"]
+    sources = json.loads((tmp_path / "run" / "data_report.json").read_text())["sources"]
+    assert [sources[path]["dropped"] for path in paths] == [
+        {"the same prompt again": 1},
+        {"the same prompt again": 3},
+    ]
+
+
+def test_a_prompt_that_the_tokenizer_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", "w1", [{"role": "user", "content": "w2"}], "w3")
+    data = PromptData(path, eval_fraction=0, fuse_fraction=0, max_bad_rows=1)
+    set_up(data, tmp_path, template=False)
+    assert sorted(texts(data.train_prompts(1))) == ["w1", "w3"]
+    written = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert "line 2 is a conversation" in written["sources"][path]["bad"][0]

@@ -195,3 +195,15 @@ def test_evaluation_leaves_no_pair_out() -> None:
     (loader,) = evaluation_loaders({"in_domain": pairs}, pad_id=PAD, batch_size=2)
     assert [len(batch.weight) for batch in loader] == [2, 2, 1]
     assert prompts(loader) == [3, 4, 5, 6, 7]
+
+
+def test_a_validation_behind_the_fit_reads_and_tells_nothing_again(
+    module: RewardModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "t.jsonl", *(row(index) for index in range(20)))
+    data = set_up(RewardData(str(path)), module, tmp_path)
+    pairs = data.train_pairs
+    assert capsys.readouterr().err.count("one example") == 1
+    data.setup("validate")
+    assert data.train_pairs is pairs
+    assert not capsys.readouterr().err

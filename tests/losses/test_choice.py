@@ -228,3 +228,19 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=sentence):
         preference_loss(loss, **given)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "written"),
+    [
+        ("sigmoid", {}, "sigmoid (beta 0.1)"),
+        ("rdpo", {"label_smoothing": 0.2}, "rdpo (beta 0.1, label_smoothing 0.2)"),
+        ("simpo", {"beta": 2.0}, "simpo (beta 2, gamma 0.5)"),
+        ({"sigmoid": 0.8, "sft": 1}, {}, "0.8 sigmoid (beta 0.1) + 1 sft"),
+        ({"sigmoid": 0.8}, {}, "0.8 sigmoid (beta 0.1)"),
+    ],
+)
+def test_a_loss_says_its_weights_and_settings(
+    loss: str | dict[str, float], settings: dict[str, float], written: str
+) -> None:
+    assert str(preference_loss(loss, **settings)) == written

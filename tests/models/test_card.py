@@ -78,6 +78,28 @@ def test_a_folder_is_no_base_model_for_the_hub(store: TrajectoryStore, tmp_path:
         assert (name is None) == ("base model" not in card)
 
 
+def test_a_card_publishes_the_name_of_a_folder_and_not_its_path(
+    store: TrajectoryStore, tmp_path: Path
+) -> None:
+    store.describe_model({"name": str(tmp_path / "sft")})
+    cards = [
+        policy_card(store, one_hot(1), adapter=False, training={}, metrics={}),
+        reward_card(store.model, {}),
+    ]
+    for card in cards:
+        assert "| base model | sft |" in card
+        assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [(0, "The starting policy of"), (1, "A given policy of"), (2, "The policy of round 2 of")],
+)
+def test_a_card_of_one_snapshot_says_which(index: int, says: str, store: TrajectoryStore) -> None:
+    card = policy_card(store, one_hot(index), adapter=False, training={}, metrics={})
+    assert f"\n{says} iterative preference training.\n" in card
+
+
 def test_of_many_groups_the_mean_coefficient_is_given(store: TrajectoryStore) -> None:
     recipe = Recipe("learned", (0, 1), ((0.5, 0.5), (1.0, 0.0)), "layer", ("a", "b"))
     card = policy_card(store, recipe, adapter=False, training={}, metrics={})

@@ -124,6 +124,7 @@ def test_a_model_of_another_size_or_kind_is_refused(tmp_path: Path) -> None:
     [
         ({"lora_alpha": 8}, r"the adapter .*c has lora_alpha 8, the policy's 32; set lora as"),
         ({"use_dora": True}, r"the adapter .*c has use_dora True, the policy's False; set lora"),
+        ({"init_lora_weights": "pissa"}, r"c began by pissa, which changes the model; .* merged"),
         ({"r": 3}, r"not of the policy's model: c: tensor .*lora_A.weight has shape \(3, 16\)"),
         ({"target_modules": ["q_proj"]}, r"c lacks tensor .*down_proj\.lora_A\.weight"),
     ],

@@ -18,13 +18,13 @@ from transformers import (
 from tests.models.tiny import EOS, PAD, tiny_gpt2, tiny_llama
 from tpmm_pl.data.batching import collate
 from tpmm_pl.logps import sequence_logps
+from tpmm_pl.losses import per_token
 from tpmm_pl.models import scoring
 from tpmm_pl.models.scoring import (
     PairScorer,
     length_groups,
     on_device,
     pair_tokens,
-    per_token,
     score_completions,
     score_pairs,
 )
@@ -220,7 +220,7 @@ def test_tokens_are_those_of_the_completions() -> None:
     tokens = pair_tokens(batch)
     assert tokens.chosen.tolist() == [len(pair.chosen_ids) for pair in pairs()]
     assert tokens.rejected.tolist() == [len(pair.rejected_ids) for pair in pairs()]
-    mean = per_token(PairLogps(-2 * tokens.chosen, -3 * tokens.rejected), batch)
+    mean = per_token(PairLogps(-2 * tokens.chosen, -3 * tokens.rejected), tokens)
     assert mean.chosen.tolist() == [-2.0] * 9
     assert mean.rejected.tolist() == [-3.0] * 9
 

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from tpmm_pl.callbacks.reward_evaluation import RewardEvaluation
 from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
+from tpmm_pl.commands.mistakes import sentence
 from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
+from tpmm_pl.data.rewards import RewardPairs
 from tpmm_pl.report.figures import gold_proxy_figure
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, RunError
@@ -87,8 +90,10 @@ class RunCLI(LightningCLI):
         # a fit that max_steps ends within an epoch has no validation of its own there
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         shown = [c for c in callbacks if isinstance(c, RewardEvaluation)]
-        last = self.trainer.global_step
-        if self.trainer.limit_val_batches and any(c.measured_step < last for c in shown):
+        unmeasured = any(c.measured_step < self.trainer.global_step for c in shown)
+        data = self.datamodule
+        held_out = isinstance(data, RewardPairs) and any(data.eval_pairs.values())
+        if unmeasured and held_out and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -135,7 +140,9 @@ def train() -> None:
         RunError: If the run failed; the traceback is in ``run.log``.
     """
     warnings.showwarning = _show_warning
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    # of Lightning's use of torch and of peft's use of transformers
+    for renamed in ("LeafSpec", "is_gradient_checkpointing"):
+        warnings.filterwarnings("ignore", message=f".*{renamed}.*", category=FutureWarning)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     defaults = {
@@ -158,11 +165,15 @@ def train() -> None:
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults=defaults,
+            # refused settings come as exceptions, not as pages of usage
+            parser_kwargs={"exit_on_error": False, "fit": {"exit_on_error": False}},
         )
     except RunFinishedError as finished:
         print(finished)
     except (InputError, RunError):
         raise
+    except ArgumentError as error:
+        raise InputError(sentence(str(error))) from error
     except Exception as error:
         if (mistake := _mistake_behind(error)) is not None:
             raise mistake from error

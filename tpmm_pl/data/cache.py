@@ -22,7 +22,7 @@ from tpmm_pl.data.tokens.truncation import truncate_prompt
 from tpmm_pl.files import file_sha256, replacing_folder
 from tpmm_pl.types import InputError
 
-_VERSION = 1
+_VERSION = 2
 """Raised when the same rows would become other pairs, so that no stale pair is taken for new."""
 
 CACHE_DIR = Path("runs/.pairs")
@@ -37,13 +37,26 @@ class Encoding:
     """How rows become tokens, as :func:`tpmm_pl.data.tokens.chat.tokenize_pairs` takes it.
 
     Raises:
-        InputError: If there is no such truncation, or a budget leaves no room for a completion.
+        InputError: If there is no such truncation, or a budget is too small for any pair.
     """
 
     max_length: int
     max_prompt_length: int
     truncation: str = "keep_end"
     whole_turns: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        max_length: int,
+        max_prompt_length: int | None,
+        truncation: str = "keep_end",
+        *,
+        whole_turns: bool = False,
+    ) -> Encoding:
+        """Return an encoding whose prompts have half of the length unless a budget is given."""
+        budget = max_length // 2 if max_prompt_length is None else max_prompt_length
+        return cls(max_length, budget, truncation, whole_turns)
 
     def __post_init__(self) -> None:
         """Check the budgets before a row is read."""
@@ -88,8 +101,17 @@ def cached(folder: Path, make: Callable[[Path], SourceCounts]) -> tuple[PairTabl
     Args:
         folder: The entry.
         make: Writes the pairs to a file, as :func:`write_tables` does.
+
+    Raises:
+        InputError: If there can be no such folder; and what ``make`` raises.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"pairs cannot be kept in {folder.parent} ({error.strerror}); choose another"
+            " data.cache_dir"
+        ) from error
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             try:

@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader
 
 from tpmm_pl.data.batching import epoch_loader, fuse_loader
 from tpmm_pl.data.cache import CACHE_DIR, Encoding
+from tpmm_pl.data.notices import say
 from tpmm_pl.data.pairs import read_fuse_pool, read_pairs
-from tpmm_pl.data.parts import Parts, TableRounds, ordered, split_parts, with_noise
-from tpmm_pl.data.prepare import Data, Preparation, announce, write_report
+from tpmm_pl.data.parts import Parts, TableRounds, describe_parts, ordered, split_parts, with_noise
+from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_below, write_report
 from tpmm_pl.data.rows.sources import as_sources
 from tpmm_pl.data.streams import PairStream
 from tpmm_pl.data.table import PairTable
+from tpmm_pl.data.tokens.example import describe_example
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rounds import RoundSchedule, run_seed
 from tpmm_pl.trajectory import TrajectoryStore
@@ -37,8 +39,7 @@ class RunData(LightningDataModule):
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        refuse_below(1, batch_size=batch_size)
         self.batch_size = batch_size
         self.tokenizer: Any = None
 
@@ -116,7 +117,7 @@ class PreferenceData(RunData):
         max_prompt_length: Tokens of the prompt; half of ``max_length`` by default, so that room
             for completions is left.
         truncation: Which part of a prompt over its budget stays: ``keep_end`` or ``keep_start``.
-        max_eval_pairs: At most so many pairs a domain; of a stream, also of fuse pairs.
+        max_eval_pairs: At most so many pairs a domain, 0 for none; of a stream, also of fuse pairs.
         max_bad_rows: How many rows that cannot be read may be skipped, counted.
         noise: How the labels of training and fuse pairs err; evaluation pairs stay as they are.
         cache_dir: Where tokenised pairs are kept, one folder a fingerprint; delete it to clear.
@@ -142,13 +143,16 @@ class PreferenceData(RunData):
         cache_dir: Path = CACHE_DIR,
     ) -> None:
         super().__init__(batch_size)
+        refuse_below(0, max_eval_pairs=max_eval_pairs)
+        if isinstance(pairs_per_round, int):
+            refuse_below(1, pairs_per_round=pairs_per_round)
         self.train = as_sources(train)
         self.fuse = None if fuse is None else as_sources(fuse)
         self.fuse_fraction = fuse_fraction
         self.evaluation = {d: as_sources(data) for d, data in (evaluation or {}).items()}
         self.eval_fraction = eval_fraction
         self.pairs_per_round = pairs_per_round
-        self.encoding = Encoding(max_length, max_prompt_length or max_length // 2, truncation)
+        self.encoding = Encoding.of(max_length, max_prompt_length, truncation)
         self.max_eval_pairs = max_eval_pairs
         self.max_bad_rows = max_bad_rows
         self.noise = noise
@@ -164,10 +168,7 @@ class PreferenceData(RunData):
         """
         super().setup(stage)
         self._prepare = Preparation(
-            self.tokenizer,
-            self.encoding,
-            max_bad_rows=self.max_bad_rows,
-            cache_dir=self.cache_dir,
+            self.tokenizer, self.encoding, max_bad_rows=self.max_bad_rows, cache_dir=self.cache_dir
         )
         self._report = self._prepare.report
         held_out = self._prepare.held_out
@@ -177,8 +178,8 @@ class PreferenceData(RunData):
         parts = (self._stream if streaming else self._split)(fuse, evaluation)
         self._fuse_pairs = with_noise(parts.fuse, self.noise, f"{run_seed()}/fuse")
         self._eval_pairs = {d: p[: self.max_eval_pairs] for d, p in parts.evaluation.items()}
-        example = self._fuse_pairs or self._rounds.part(1)
-        announce(self._report, self._root, example, self.tokenizer)
+        say(describe_parts(self._rounds.describe(), self._fuse_pairs, self._eval_pairs))
+        say(describe_example(self._rounds.part(1)[0], self.tokenizer))
 
     def train_pairs(self, round_index: int) -> PairTable:
         """Return the part of a round; after the last part the first comes again."""
@@ -203,8 +204,10 @@ class PreferenceData(RunData):
         return self._eval_pairs
 
     def _split(self, fuse: PairTable | None, evaluation: dict[str, PairTable]) -> Parts:
+        tables = self._prepare.tables(self.train)
+        announce(self._report, self._root)
         parts = split_parts(
-            self._prepare.tables(self.train),
+            tables,
             fuse,
             evaluation,
             fuse_fraction=self.fuse_fraction,
@@ -219,8 +222,13 @@ class PreferenceData(RunData):
     def _count(self, available: int) -> int:
         rounds = getattr(self._module, "rounds", 1)
         shard = available if self.pairs_per_round == "all" else self.pairs_per_round
-        count = min(shard or max(self.batch_size, available // rounds), available)
-        self._refuse_too_few(count)
+        count = max(self.batch_size, available // rounds) if shard is None else shard
+        self._refuse_too_few(min(count, available))
+        if count > available:
+            say(
+                f"data.pairs_per_round is {count}, but there are {available} training pairs;"
+                " every round trains on all of them"
+            )
         return count
 
     def _refuse_too_few(self, count: int) -> None:
@@ -250,6 +258,8 @@ class PreferenceData(RunData):
         rounds = getattr(self._module, "rounds", 1)
         parts = make(partial(self._read, None)).held_out(rounds=rounds, limit=self.max_eval_pairs)
         self._rounds = make(partial(self._read, self.noise))
+        self._rounds.part(1)  # what is told is what the first round has read
+        announce(self._report, self._root)
         return parts
 
     def _read(self, noise: LabelNoise | None) -> Iterator[PairTable]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tpmm_pl.data.splits import quoted
 from tpmm_pl.data.table import SCHEMA, PairTable, arrow, join
 from tpmm_pl.files import replacing
 from tpmm_pl.trajectory import TrajectoryStore
@@ -47,14 +48,39 @@ def read_fuse_pool(store: TrajectoryStore, round_index: int) -> PairTable:
     Raises:
         InputError: If there are none.
     """
-    records = [r for r in store.rounds if r.round <= round_index and r.fuse]
-    pairs = join(*(read_pairs(store.path(str(record.fuse))) for record in records))
+    pairs = _fuse_pairs(store, round_index)
     if not pairs:
         raise InputError(
-            f"learned coefficients need held-out pairs, and {store.root} has none; give data with "
-            "a fuse split, or choose another strategy"
+            f"learned coefficients need held-out pairs, and {store.root} has none; set"
+            " data.fuse_fraction above 0, or give data.fuse, or choose another strategy"
         )
     return pairs
+
+
+def refuse_fuse_prompts(pairs: PairTable, store: TrajectoryStore, round_index: int) -> None:
+    """Check that no prompt of a round's pairs is one of the run's held-out pairs.
+
+    Args:
+        pairs: To be trained on.
+        store: Holds the fuse pairs of all rounds.
+        round_index: The round they are made after.
+
+    Raises:
+        InputError: If a prompt is on both sides; it is quoted.
+    """
+    held_out = set(_fuse_pairs(store, round_index).column("prompt_id").tolist())
+    shared = [n for n, name in enumerate(pairs.column("prompt_id").tolist()) if name in held_out]
+    if shared:
+        raise InputError(
+            f"{len(shared)} of {len(pairs)} pairs for round {round_index + 1} have prompts of the"
+            f" held-out fuse pairs in {store.root}, as {quoted(pairs[shared[0]].prompt)}; resume"
+            " with the data and the seed that the run began with, or begin a new run"
+        )
+
+
+def _fuse_pairs(store: TrajectoryStore, round_index: int) -> PairTable:
+    records = [r for r in store.rounds if r.round <= round_index and r.fuse]
+    return join(*(read_pairs(store.path(str(record.fuse))) for record in records))
 
 
 def _read_table(path: Path) -> Any:

@@ -28,17 +28,22 @@ class TableRounds:
 
     Args:
         pairs: All training pairs, in their order.
-        count: Pairs a round, at least 1; of a smaller table all.
+        count: Pairs a round, at least 1; of a smaller table all; ``None``: all.
     """
 
-    def __init__(self, pairs: PairTable, count: int) -> None:
+    def __init__(self, pairs: PairTable, count: int | None = None) -> None:
         self.pairs = pairs
-        self.count = min(count, len(pairs))
+        self.count = len(pairs) if count is None else min(count, len(pairs))
 
     def part(self, round_index: int) -> PairTable:
         """Return the shard of a round, counted from 1."""
         start = (round_index - 1) * self.count
         return self.pairs.select((start + np.arange(self.count)) % len(self.pairs))
+
+    def describe(self) -> str:
+        """Say how many pairs there are, and how many a round has."""
+        share = "" if self.count == len(self.pairs) else f", {self.count} a round"
+        return _counted(self.pairs) + share
 
 
 def split_parts(
@@ -145,7 +150,29 @@ def with_noise(pairs: PairTable, noise: LabelNoise | None, seed_key: str) -> Pai
     return pairs.flipped(np.flatnonzero(flips))
 
 
+def describe_parts(
+    training: str, fuse: PairTable | None, evaluation: Mapping[str, PairTable]
+) -> str:
+    """Say in one line how many pairs serve for what, and how many labels noise has swapped.
+
+    Args:
+        training: How many there are, as the rounds describe themselves.
+        fuse: ``None`` where nothing is learned on held-out pairs.
+        evaluation: By domain.
+    """
+    unseen = ", ".join(f"{len(pairs)} {domain}" for domain, pairs in evaluation.items())
+    parts = [f"training pairs: {training}", f"evaluation pairs: {unseen or 'none'}"]
+    if fuse is not None:
+        parts.insert(1, f"fuse pairs: {_counted(fuse)}")
+    return "; ".join(parts)
+
+
 def prompt_names(pairs: PairTable) -> list[str]:
     """Return the name of each pair's prompt."""
     names: list[str] = pairs.column("prompt_id").tolist()
     return names
+
+
+def _counted(pairs: PairTable) -> str:
+    swapped = int(pairs.column("flipped").sum())
+    return f"{len(pairs)} ({swapped} swapped by noise)" if swapped else str(len(pairs))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice, repeat
@@ -31,15 +32,21 @@ from tpmm_pl.data.rows.report import DataReport, SourceCounts
 from tpmm_pl.data.rows.sources import DataSource, fingerprint
 from tpmm_pl.data.table import MESSAGES, PairTable, arrow, join
 from tpmm_pl.data.tokens.chat import tokenize_pairs
-from tpmm_pl.data.tokens.example import describe_example
 from tpmm_pl.data.tokens.templates import prompt_text
-from tpmm_pl.types import InputError, Pair
+from tpmm_pl.types import InputError
 
 Row = TypeVar("Row")
+Made = TypeVar("Made")
 
 # in this order: a config writes a value by the first type that takes it, and str takes anything
 Data = DataSource | list[DataSource | str | Path] | str | Path
 """Files, folders and data sets, as a config names them."""
+
+REPORT = "data_report.json"
+"""Name of the report in the folder of a run."""
+
+_QUOTED = 3
+"""Skipped rows whose sentences are said; all of them are in the report."""
 
 _CHUNK = 1024
 """Rows tokenised at a time: all of them that is ever in memory as objects."""
@@ -51,7 +58,8 @@ class Preparation:
     Args:
         tokenizer: The model's.
         encoding: Lengths, and where to cut.
-        max_bad_rows: How many rows that cannot be read may be skipped, over all sources.
+        max_bad_rows: How many rows that cannot be read may be skipped, over all sources; ``None``:
+            none.
         cache_dir: Where tokenised pairs are kept, one folder a fingerprint; ``None``: in memory.
     """
 
@@ -60,7 +68,7 @@ class Preparation:
         tokenizer: PreTrainedTokenizerBase,
         encoding: Encoding,
         *,
-        max_bad_rows: int = 0,
+        max_bad_rows: int | None = None,
         cache_dir: Path | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -140,17 +148,9 @@ class Preparation:
                 progress.update(len(rows))
 
     def _tokenized(self, rows: Sequence[RawPair], label: str, report: DataReport) -> Any:
-        try:
-            return self._columns(rows, label, report)
-        except InputError:
-            # one by one: only the rows at fault are left out
-            found = [CACHED.empty_table()]
-            for row in rows:
-                try:
-                    found.append(self._columns([row], label, report))
-                except InputError as error:
-                    report.bad(error, label)
-            return pa.concat_tables(found)
+        make = partial(self._columns, label=label, report=report)
+        found = sound_parts(rows, make, partial(report.bad, source=label))
+        return pa.concat_tables([CACHED.empty_table(), *found])
 
     def _columns(self, rows: Sequence[RawPair], label: str, report: DataReport) -> Any:
         pairs, counts = tokenize_pairs(rows, self.tokenizer, **asdict(self.encoding))
@@ -170,27 +170,49 @@ class Preparation:
         return arrow(pairs).append_column(MESSAGES, messages)
 
 
-def announce(
-    report: DataReport, folder: Path, example: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Say what became of the rows, show a pair as it is trained on, write the report.
+def sound_parts(
+    rows: Sequence[Row], make: Callable[[Sequence[Row]], Made], refuse: Callable[[InputError], None]
+) -> list[Made]:
+    """Make something of all rows at once or, where one is at fault, of each sound one.
+
+    Args:
+        rows: What is read.
+        make: Raises if a row is at fault.
+        refuse: Takes note of a row that is.
+    """
+    try:
+        return [make(rows)]
+    except InputError:
+        made = []
+        for row in rows:
+            try:
+                made.append(make([row]))
+            except InputError as error:
+                refuse(error)
+        return made
+
+
+def announce(report: DataReport, folder: Path) -> None:
+    """Say what became of the rows, quote the first that were skipped, write the report.
 
     Args:
         report: Of all sources.
         folder: Of the run.
-        example: Pairs; the first is shown.
-        tokenizer: The one that made their tokens.
     """
-    say(report.table())
-    for pair in example[:1]:
-        say(describe_example(pair, tokenizer))
+    if table := report.table():
+        say(table)
+    skipped = report.bad_rows()
+    for sentence in skipped[:_QUOTED]:
+        say(f"skipped: {sentence}")
+    if len(skipped) > _QUOTED:
+        say(f"skipped: {len(skipped) - _QUOTED} more, all of them in {folder / REPORT}")
     write_report(report, folder)
 
 
 @rank_zero_only
 def write_report(report: DataReport, folder: Path) -> None:
-    """Write ``data_report.json`` into the folder of a run, in one process."""
-    report.write(folder / "data_report.json")
+    """Write the report into the folder of a run, in one process."""
+    report.write(folder / REPORT)
 
 
 def refuse_setting(sources: Sequence[DataSource], name: str, why: str) -> None:
@@ -202,6 +224,17 @@ def refuse_setting(sources: Sequence[DataSource], name: str, why: str) -> None:
     for source in sources:
         if getattr(source, name):
             raise InputError(f"{source.label} sets {name}, but {why}; leave it out")
+
+
+def refuse_below(least: int, **settings: int) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        InputError: Naming the setting.
+    """
+    for name, value in settings.items():
+        if value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -220,7 +253,9 @@ def _expected(source: DataSource) -> int | None:
     if source.split is not None or not path.is_file():
         return None
     if path.suffix == ".parquet":
-        return int(pq.read_metadata(path).num_rows)
+        # a file that is cut off is refused where its rows are read
+        with suppress(pa.ArrowException):
+            return int(pq.read_metadata(path).num_rows)
     if path.suffix != ".jsonl":
         return None
     with path.open("rb") as opened:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 
 from tpmm_pl.data.module import RunData
-from tpmm_pl.data.notices import say
-from tpmm_pl.data.prepare import Data, refuse_setting, write_report
+from tpmm_pl.data.prepare import Data, announce, refuse_setting, sound_parts
 from tpmm_pl.data.rows.formats import prompts
 from tpmm_pl.data.rows.report import DataReport
 from tpmm_pl.data.rows.sources import DataSource, as_sources
@@ -18,6 +19,8 @@ from tpmm_pl.types import Prompt
 
 class PromptData(RunData):
     """Prompts from files or the hub, a part of them for every round, for pairs of the policy's own.
+
+    A prompt that comes several times is answered once.
 
     Args:
         train: A file of prompts, plain or conversational, a folder, a data set on the hub, a
@@ -71,6 +74,7 @@ class PromptData(RunData):
         report, seed = DataReport(self.max_bad_rows), run_seed()
         known = self._tokenized(self.train, report)
         evaluated = {d: self._tokenized(data, report) for d, data in self.evaluation.items()}
+        announce(report, self._root)
         if not self.evaluation:
             known, evaluated["in_domain"] = _split(known, self.eval_fraction)
         for unseen in evaluated.values():
@@ -80,8 +84,6 @@ class PromptData(RunData):
         self._train_prompts = [known[row] for row in shuffled_by_prompt(_names(known), seed)]
         self._fuse_prompts = [held_out[row] for row in shuffled_by_prompt(_names(held_out), seed)]
         self._eval_prompts = {d: unseen[: self.max_eval_prompts] for d, unseen in evaluated.items()}
-        say(report.table())
-        write_report(report, self._root)
 
     def train_prompts(self, round_index: int) -> list[Prompt]:
         """Return the prompts of a round's training pairs."""
@@ -98,13 +100,22 @@ class PromptData(RunData):
     def _tokenized(self, sources: Sequence[DataSource], report: DataReport) -> list[Prompt]:
         refuse_setting(sources, "streaming", "prompts are all read before the first round")
         refuse_setting(sources, "weight", "the prompts of all sources are shuffled as one")
-        rows = [row for source in sources for row in prompts(source, report)]
-        return tokenize_prompts(
-            rows,
-            self.tokenizer,
+        tokenize = partial(
+            tokenize_prompts,
+            tokenizer=self.tokenizer,
             max_prompt_length=self.max_prompt_length,
             truncation=self.truncation,
         )
+        distinct: dict[str, Prompt] = {}
+        for source in sources:
+            refuse = partial(report.bad, source=source.label)
+            parts = sound_parts(list(prompts(source, report)), tokenize, refuse)
+            found, before = list(chain.from_iterable(parts)), len(distinct)
+            for prompt in found:
+                distinct.setdefault(prompt.prompt_id, prompt)
+            if again := before + len(found) - len(distinct):
+                report.drop(source.label, "the same prompt again", again)
+        return list(distinct.values())
 
 
 def _split(known: list[Prompt], fraction: float) -> tuple[list[Prompt], list[Prompt]]:

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from tpmm_pl.data.batching import collate, epoch_loader
 from tpmm_pl.data.cache import CACHE_DIR, Encoding
 from tpmm_pl.data.notices import say
-from tpmm_pl.data.parts import hold_out, refuse_leak, with_noise
-from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_setting
+from tpmm_pl.data.parts import TableRounds, describe_parts, hold_out, refuse_leak, with_noise
+from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_below, refuse_setting
 from tpmm_pl.data.rows.sources import as_sources
 from tpmm_pl.data.table import PairTable, join
+from tpmm_pl.data.tokens.example import describe_example
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import InputError, Pair
@@ -41,8 +42,7 @@ class RewardPairs(LightningDataModule):
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        refuse_below(1, batch_size=batch_size)
         self.batch_size = batch_size
         self.tokenizer: Any = None
 
@@ -119,10 +119,11 @@ class RewardData(RewardPairs):
         cache_dir: Path = CACHE_DIR,
     ) -> None:
         super().__init__(batch_size)
+        refuse_below(0, max_eval_pairs=max_eval_pairs)
         self.train = as_sources(train)
         self.evaluation = {d: as_sources(data) for d, data in (evaluation or {}).items()}
         self.eval_fraction = eval_fraction
-        self.encoding = _encoding(max_length, max_prompt_length, truncation)
+        self.encoding = Encoding.of(max_length, max_prompt_length, truncation, whole_turns=True)
         self.max_eval_pairs = max_eval_pairs
         self.max_bad_rows = max_bad_rows
         self.noise = noise
@@ -135,16 +136,16 @@ class RewardData(RewardPairs):
             InputError: If a source is at fault, a prompt is on both sides, or too few pairs are
                 left.
         """
+        if stage != "fit" and self.tokenizer is not None:
+            return  # a validation behind the fit: its pairs are at hand, and were told
         super().setup(stage)
         refuse_setting(self.train, "weight", "the pairs of all sources are shuffled as one")
         prepare = Preparation(
-            self.tokenizer,
-            self.encoding,
-            max_bad_rows=self.max_bad_rows,
-            cache_dir=self.cache_dir,
+            self.tokenizer, self.encoding, max_bad_rows=self.max_bad_rows, cache_dir=self.cache_dir
         )
         evaluated = {d: prepare.held_out(data) for d, data in self.evaluation.items()}
         train = prepare.tables(self.train)
+        announce(prepare.report, Path(self._trainer.default_root_dir))
         if not evaluated and self.eval_fraction:
             train, evaluated["in_domain"] = hold_out(train, self.eval_fraction, run_seed())
         for unseen in evaluated.values():
@@ -157,8 +158,10 @@ class RewardData(RewardPairs):
                 f" of {self.batch_size}; give more pairs or a smaller data.batch_size"
             )
         self.train_pairs = pairs
-        self.eval_pairs = {d: unseen[: self.max_eval_pairs] for d, unseen in evaluated.items()}
-        announce(prepare.report, Path(self._trainer.default_root_dir), pairs, self.tokenizer)
+        held_out = {d: unseen[: self.max_eval_pairs] for d, unseen in evaluated.items()}
+        self.eval_pairs = held_out
+        say(describe_parts(TableRounds(pairs).describe(), None, held_out))
+        say(describe_example(pairs[0], self.tokenizer))
 
 
 def evaluation_loaders(
@@ -200,13 +203,8 @@ def read_reward_pairs(
     Raises:
         InputError: If the file is at fault.
     """
-    prepare = Preparation(tokenizer, _encoding(max_length, max_prompt_length))
+    encoding = Encoding.of(max_length, max_prompt_length, whole_turns=True)
+    prepare = Preparation(tokenizer, encoding)
     pairs = join(*prepare.tables(as_sources(path)))
     say(prepare.report.table())
     return pairs
-
-
-def _encoding(
-    max_length: int, max_prompt_length: int | None, truncation: str = "keep_end"
-) -> Encoding:
-    return Encoding(max_length, max_prompt_length or max_length // 2, truncation, whole_turns=True)

@@ -36,7 +36,8 @@ def split_by_prompt(
     distinct = list(_shuffled_groups(prompts, seed))
     if len(distinct) < 2:
         raise InputError(
-            f"{len(distinct)} distinct prompts cannot be split; give more data, or fraction 0"
+            f"{len(distinct)} distinct prompts cannot be split; give more data, or set"
+            " data.fuse_fraction and data.eval_fraction to 0"
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
     chosen = set(distinct[:count])
@@ -81,11 +82,15 @@ def refuse_shared_prompts(
     shared = {prompt: row for row, prompt in enumerate(held_out) if prompt in trained_on}
     if shared:
         text = min(map(quote, shared.values()))
-        quoted = text if len(text) <= 80 else f"{text[:77]}..."
         raise InputError(
             f"{len(shared)} prompts are in the training data and in the held-out data, among them"
-            f" {quoted!r}; take them out of one side, or let a fraction be held out"
+            f" {quoted(text)}; take them out of one side, or let a fraction be held out"
         )
+
+
+def quoted(text: str) -> str:
+    """Return a text between quotation marks, shortened to fit in a sentence."""
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def shuffled_by_prompt(prompts: Sequence[str], seed: int) -> list[int]:

@@ -76,6 +76,10 @@ class PairStream:
             self._round += 1
         return self._last
 
+    def describe(self) -> str:
+        """Say how many pairs a round has."""
+        return f"{self.pairs_per_round} a round, as the stream has them"
+
     def held_out(self, *, rounds: int, limit: int) -> Parts:
         """Collect what is held out from the beginning of the stream.
 
@@ -86,7 +90,7 @@ class PairStream:
         Raises:
             InputError: If a part is left without a pair.
         """
-        wanted = [name for name, fraction in self.fractions.items() if fraction]
+        wanted = [name for name, fraction in self.fractions.items() if fraction and limit]
         missing, training = dict.fromkeys(wanted, limit), rounds * self.pairs_per_round
         found = {name: [join()] for name in self.fractions}
         chunks = self._read()

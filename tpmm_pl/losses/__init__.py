@@ -9,6 +9,7 @@ from tpmm_pl.losses.anchored import (
     sppo_hard_loss,
 )
 from tpmm_pl.losses.choice import PreferenceLoss, Term, preference_loss
+from tpmm_pl.losses.inputs import per_token
 from tpmm_pl.losses.margin import (
     cdpo_loss,
     discopop_loss,
@@ -42,6 +43,7 @@ __all__ = [
     "log_ratios",
     "nca_loss",
     "orpo_loss",
+    "per_token",
     "preference_loss",
     "rdpo_loss",
     "sft_loss",

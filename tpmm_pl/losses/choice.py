@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from math import inf
 
 from torch import Tensor
@@ -29,6 +30,12 @@ class Term:
         """Whether the loss reads the reference's log-probabilities."""
         return self.inputs in (sums, means)
 
+    def __str__(self) -> str:
+        """Return the name and the settings, also those left at their defaults."""
+        known = signature(self.function).parameters.values()
+        settings = [f"{p.name} {p.default:g}" for p in known if p.kind == p.KEYWORD_ONLY]
+        return f"{self.name} ({', '.join(settings)})" if settings else self.name
+
 
 @dataclass(frozen=True)
 class PreferenceLoss:
@@ -40,6 +47,12 @@ class PreferenceLoss:
     def needs_reference(self) -> bool:
         """Whether any of the losses reads the reference's log-probabilities."""
         return any(term.needs_reference for term in self.terms)
+
+    def __str__(self) -> str:
+        """Return names, weights and settings, as ``0.8 sigmoid (beta 0.1) + 0.2 sft``."""
+        if len(self.terms) == 1 and self.terms[0].weight == 1:
+            return str(self.terms[0])
+        return " + ".join(f"{term.weight:g} {term}" for term in self.terms)
 
     def parts(
         self, policy: PairLogps, reference: PairLogps, tokens: PairLogps

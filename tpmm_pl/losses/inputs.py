@@ -17,14 +17,14 @@ def sums(policy: PairLogps, reference: PairLogps, tokens: PairLogps) -> tuple[Pa
 
 def means(policy: PairLogps, reference: PairLogps, tokens: PairLogps) -> tuple[PairLogps, ...]:
     """Pass on policy and reference per token."""
-    return _per_token(policy, tokens), _per_token(reference, tokens)
+    return per_token(policy, tokens), per_token(reference, tokens)
 
 
 def policy_means(
     policy: PairLogps, reference: PairLogps, tokens: PairLogps
 ) -> tuple[PairLogps, ...]:
     """Pass on the policy per token; the reference is not read."""
-    return (_per_token(policy, tokens),)
+    return (per_token(policy, tokens),)
 
 
 def policy_and_tokens(
@@ -34,5 +34,6 @@ def policy_and_tokens(
     return policy, tokens
 
 
-def _per_token(logps: PairLogps, tokens: PairLogps) -> PairLogps:
+def per_token(logps: PairLogps, tokens: PairLogps) -> PairLogps:
+    """Divide log-probabilities by the completions' tokens: nats a token, ``(B,)`` each."""
     return PairLogps(logps.chosen / tokens.chosen, logps.rejected / tokens.rejected)

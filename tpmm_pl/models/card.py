@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -35,10 +36,12 @@ def policy_card(
         metrics: What was measured on this model.
     """
     count, base = len(recipe.snapshots), store.model.get("name")
-    what = "The policy of one round" if count == 1 else f"A merge of {count} rounds' policies"
+    what = (
+        _one(store, recipe.snapshots[0]) if count == 1 else f"A merge of {count} rounds' policies"
+    )
     header = _header(base, adapter, ["dpo", *(["merge"] if count > 1 else [])], "text-generation")
     facts = {
-        "base model": base,
+        "base model": _published(base),
         "revision": store.model.get("revision"),
         "strategy": recipe.strategy,
         "coefficients shared by": recipe.grouping,
@@ -71,7 +74,9 @@ def reward_card(description: Mapping[str, Any], metrics: Mapping[str, float]) ->
         "Reward model",
         "One score a text: higher is better; only differences mean something.",
         {
-            "Training": _table(("setting", "value"), _known({"base model": base, **settings})),
+            "Training": _table(
+                ("setting", "value"), _known({"base model": _published(base), **settings})
+            ),
             "Metrics": _metrics(metrics),
         },
     )
@@ -99,11 +104,25 @@ def _snapshots(store: TrajectoryStore, recipe: Recipe) -> str:
     for column, index in enumerate(recipe.snapshots):
         record = store.record(index)
         mean = sum(row[column] for row in recipe.coefficients) / len(recipe.coefficients)
-        made = "given" if GIVEN in record.notes else "trained" if index else "start"
-        rows.append((str(index), made, f"{mean:.6g}", record.sha256 or ""))
+        rows.append((str(index), _made(store, index), f"{mean:.6g}", record.sha256 or ""))
     several = len(recipe.groups) > 1
     coefficient = f"mean of {len(recipe.groups)} coefficients" if several else "coefficient"
     return _table(("round", "weights", coefficient, "sha256"), rows)
+
+
+def _one(store: TrajectoryStore, index: int) -> str:
+    names = {"start": "The starting policy", "given": "A given policy"}
+    return names.get(_made(store, index), f"The policy of round {index}")
+
+
+def _made(store: TrajectoryStore, index: int) -> str:
+    given = GIVEN in store.record(index).notes
+    return "given" if given else "trained" if index else "start"
+
+
+def _published(base: str | None) -> str | None:
+    # the folders of the machine that trained are nobody else's concern
+    return base if base is None or is_hub_id(base) else Path(base).name
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

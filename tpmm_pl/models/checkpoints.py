@@ -20,6 +20,8 @@ from tpmm_pl.types import InputError
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _SCALING = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
+_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways of peft to begin an adapter that move a part of the model's own weights into it."""
 
 
 def load_checkpoint(policy: nn.Module, folder: Path) -> None:
@@ -84,6 +86,11 @@ def _adapter(policy: PeftModel, folder: Path) -> dict[str, Tensor]:
             " leave out lora, or give adapter folders"
         )
     theirs, ours = _json(folder / ADAPTER_CONFIG), policy.peft_config[TRAINED].to_dict()
+    if (begun := str(theirs.get("init_lora_weights"))).startswith(_CHANGE_THE_MODEL):
+        raise InputError(
+            f"the adapter {folder} began by {begun}, which changes the model; give models that it"
+            " was merged into, without lora"
+        )
     for name in _SCALING:
         # older versions of peft leave out what they did not know
         if theirs.get(name, ours[name]) != ours[name]:

@@ -77,12 +77,6 @@ def pair_tokens(batch: PairBatch) -> PairLogps:
     return split_pairs(completion_tokens(batch.labels))
 
 
-def per_token(logps: PairLogps, batch: PairBatch) -> PairLogps:
-    """Divide log-probabilities by the completions' tokens: nats a token, ``(B,)``."""
-    tokens = pair_tokens(batch)
-    return PairLogps(logps.chosen / tokens.chosen, logps.rejected / tokens.rejected)
-
-
 @torch.no_grad()
 def score_pairs(
     model: nn.Module, pairs: Sequence[Pair], *, pad_id: int, batch_size: int

@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tpmm_pl.data.tokens.chat import check_vocabulary
-from tpmm_pl.losses import log_ratios, preference_loss
-from tpmm_pl.models.scoring import PairScorer, pair_tokens, per_token
+from tpmm_pl.losses import log_ratios, per_token, preference_loss
+from tpmm_pl.models.scoring import PairScorer, pair_tokens
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.registry import lookup
 from tpmm_pl.trajectory import TrajectoryStore
@@ -120,8 +120,9 @@ class DPOModule(LightningModule):
         """Take the policy's backbone and head apart once; say so if there is no reference."""
         self._scorer = PairScorer(self.policy)
         if not self.needs_reference:
-            names = " + ".join(term.name for term in self.loss.terms)
-            self.print(f"loss {names}: reference-free, no reference log-probabilities are used")
+            self.print(
+                f"loss {self.loss}: no reference, the rounds' pairs are not scored under one"
+            )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the weighted mean loss of a batch of pairs."""
@@ -131,7 +132,7 @@ class DPOModule(LightningModule):
         loss = self.loss.total(means)
         parts = {f"loss/{name}": mean.detach() for name, mean in means.items()}
         metrics = {"loss": loss.detach(), **(parts if len(parts) > 1 else {})}
-        metrics |= self._rewards(PairLogps(*(t.detach() for t in logps)), batch)
+        metrics |= self._rewards(PairLogps(*(t.detach() for t in logps)), batch.reference, tokens)
         self.log_dict(metrics, batch_size=len(batch.weight))
         return loss
 
@@ -154,10 +155,10 @@ class DPOModule(LightningModule):
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {n: t for n, t in state.items() if n in trained}
 
-    def _rewards(self, logps: PairLogps, batch: PairBatch) -> dict[str, Tensor]:
-        scores = (
-            log_ratios(logps, batch.reference) if self.needs_reference else per_token(logps, batch)
-        )
+    def _rewards(
+        self, logps: PairLogps, reference: PairLogps, tokens: PairLogps
+    ) -> dict[str, Tensor]:
+        scores = log_ratios(logps, reference) if self.needs_reference else per_token(logps, tokens)
         margin = self.beta * (scores.chosen - scores.rejected)
         return {
             "rewards/chosen": self.beta * scores.chosen.mean(),

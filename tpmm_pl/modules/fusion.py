@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from tpmm_pl.files import write_text
-from tpmm_pl.losses import dpo_loss
+from tpmm_pl.losses import dpo_loss, per_token, simpo_loss
 from tpmm_pl.merging import check_grouping
-from tpmm_pl.models.scoring import PairScorer, per_token
+from tpmm_pl.models.scoring import PairScorer, pair_tokens
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.models.weights import streamed_merge
 from tpmm_pl.registry import lookup
@@ -56,13 +55,12 @@ def length_normalised_ranking(merged: PairLogps, batch: PairBatch, beta: float) 
 
     .. math:: -\log\sigma(\beta (\log\pi_c / |c| - \log\pi_r / |r|))
     """
-    mean = per_token(merged, batch)
-    return -F.logsigmoid(beta * (mean.chosen - mean.rejected))
+    return simpo_loss(per_token(merged, pair_tokens(batch)), beta=beta, gamma=0.0)
 
 
 def chosen_nll(merged: PairLogps, batch: PairBatch, beta: float) -> Tensor:
     """Negative log-likelihood of the chosen completion a token, ``(B,)`` nats; no ``beta``."""
-    return -per_token(merged, batch).chosen
+    return -per_token(merged, pair_tokens(batch)).chosen
 
 
 OBJECTIVES: dict[str, Objective] = {

@@ -12,7 +12,6 @@ from tpmm_pl.data.rows.formats import (
     RawPrompt,
     preferences,
     prompts,
-    read_preferences,
     to_preference,
 )
 from tpmm_pl.data.rows.report import DataReport
@@ -124,9 +123,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({**PLAIN, "ref_chosen_logps": 0}, r"ref_chosen_logps is 0 and ref_rejected_logps is None"),
     ({"chosen_ids": [1], "rejected_ids": [2]}, r"no column 'prompt_ids', only \['chosen_ids', 're"),
     ({"prompt_ids": [0], "chosen_ids": [-1], "rejected_ids": [2]}, r"chosen_ids\[0\] is -1; give"),
-    ({"prompt": "p", "responses": ["a"], "scores": 1}, r"1 responses, but scores is a int; give"),
+    (
+        {"prompt": "p", "responses": ["a"], "scores": 1},
+        r"1 responses, but scores is a number; give",
+    ),
     ({**PLAIN, "rejected": " "}, r"rejected is empty; fill it or delete the row"),
-    ({**PLAIN, "prompt": 3}, r"prompt is a int; a line is"),
+    ({**PLAIN, "prompt": 3}, r"prompt is a number; a line is"),
     ({**PLAIN, "chosen": CHAT["chosen"]}, r"do not match \(prompt a text, chosen messages, rej"),
     ({**CHAT, "chosen": "hello"}, r"do not match \(prompt messages, chosen a text"),
     ({**CHAT, "chosen": []}, r"chosen is empty"),
@@ -153,29 +155,32 @@ def test_a_bad_row_is_named_with_file_line_and_field(
 ) -> None:
     path = write(tmp_path / "d.jsonl", PLAIN, "", row)
     with pytest.raises(InputError, match=r"d\.jsonl, line 3: .*" + sentence):
-        read_preferences(path)
+        report_of(path)
 
 
 def test_a_bad_turn_names_the_line_too(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {**CHAT, "chosen": [{"role": "assistant", "content": 1}]})
-    with pytest.raises(InputError, match=r"line 1: chosen\[0\]: content is a int; it must be a"):
-        read_preferences(path)
+    with pytest.raises(InputError, match=r"line 1: chosen\[0\]: content is a number; it must be a"):
+        report_of(path)
 
 
 def test_identical_answers_are_dropped_and_counted(tmp_path: Path) -> None:
     turns = [user("hi"), assistant("same")]
     same = [{**PLAIN, "rejected": "4"}, {"chosen": turns, "rejected": turns}]
-    pairs, dropped = read_preferences(write(tmp_path / "d.jsonl", *same, PLAIN, CHAT))
+    path = write(tmp_path / "d.jsonl", *same, PLAIN, CHAT)
+    pairs, report = report_of(path)
     assert [pair.where[-6:] for pair in pairs] == ["line 3", "line 4"]
-    assert dropped == {"chosen and rejected identical": 2}
+    assert report.dropped(str(path)) == {"chosen and rejected identical": 2}
 
 
 def test_a_file_without_a_usable_pair_is_refused(tmp_path: Path) -> None:
     same = {**PLAIN, "rejected": "4"}
-    with pytest.raises(InputError, match=r"holds no usable pair \(dropped: \{'chosen and .*: 1\}"):
-        read_preferences(write(tmp_path / "d.jsonl", same))
-    with pytest.raises(InputError, match=r"holds no usable pair \(dropped: \{\}\); a line is"):
-        read_preferences(write(tmp_path / "e.jsonl", ""))
+    with pytest.raises(
+        InputError, match=r"holds no usable pair \(dropped: 1 chosen and .*\); a line"
+    ):
+        report_of(write(tmp_path / "d.jsonl", same))
+    with pytest.raises(InputError, match=r"holds no usable pair \(dropped: none\); a line is"):
+        report_of(write(tmp_path / "e.jsonl", ""))
 
 
 def test_every_row_read_is_kept_dropped_or_bad(tmp_path: Path) -> None:
@@ -193,9 +198,7 @@ def test_every_row_read_is_kept_dropped_or_bad(tmp_path: Path) -> None:
     assert [sentence.partition(":")[0][-6:] for sentence in counts.bad] == ["line 2", "line 6"]
     # 5 rows that are one pair or none each, and a ranking of 6 pairs
     assert counts.read == len(pairs) + counts.dropped.total() + len(counts.bad) == 5 + 6
-    with pytest.raises(
-        InputError, match=r"line 6: no field 'chosen', .* number 2, and --data\.max"
-    ):
+    with pytest.raises(InputError, match=r"line 6: no field 'chosen', .* bad row 2: raise --data"):
         report_of(path, max_bad_rows=1)
 
 
@@ -210,7 +213,7 @@ def test_a_field_nested_too_deeply_is_named(tmp_path: Path) -> None:
     depth = 800
     row = json.dumps({**CHAT, "tools": [{}]}).replace("{}", '{"a":' * depth + "1" + "}" * depth)
     with pytest.raises(InputError, match=r"line 1: a field is nested too deeply; delete the row"):
-        read_preferences(write(tmp_path / "d.jsonl", row))
+        report_of(write(tmp_path / "d.jsonl", row))
     with pytest.raises(InputError, match=r"line 1: a field is nested too deeply; delete the row"):
         prompts_of(tmp_path / "d.jsonl")
 
@@ -252,7 +255,7 @@ def test_prompts_are_texts_or_messages_without_their_answers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"text": "x"}, r"line 1: no field 'messages', only \['text'\]"),
+        ({"text": "x"}, r"line 1: no field 'prompt', only \['text'\]"),
         ({"messages": "x"}, r"line 1: messages is a text; name a plain text 'prompt'"),
         ({"messages": [assistant("x")]}, r"line 1: nothing is left to answer; add the user's"),
         ({"prompt": [user("x"), assistant("y")]}, r"line 1: prompt ends with the assistant"),
@@ -266,8 +269,9 @@ def test_a_bad_prompt_is_named(tmp_path: Path, row: object, sentence: str) -> No
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real pairs beside the repository")
 def test_real_pairs_are_read() -> None:
-    pairs, dropped = read_preferences(REAL / "eval_in_domain.jsonl")
-    assert len(pairs) + dropped.total() == 533
+    path = REAL / "eval_in_domain.jsonl"
+    pairs, report = report_of(path)
+    assert len(pairs) + report.dropped(str(path)).total() == 533
     assert all(isinstance(pair, RawPair) and isinstance(pair.prompt, tuple) for pair in pairs)
 
 

@@ -67,18 +67,18 @@ def test_a_cell_may_hold_turns_and_is_a_text_otherwise() -> None:
 
 BAD: list[tuple[Any, str]] = [
     (None, r"no field 'prompt', only \['prompt'\]; a line is"),
-    (3, r"prompt is a int; a line is"),
+    (3, r"prompt is a number; a line is"),
     ("  ", r"prompt is empty; fill it or delete the row"),
     ([], r"prompt is empty"),
     ("a\ud800", r"prompt holds half a character at position 1 \(a lone surrogate\); save it"),
     (["a"], r"prompt\[0\] is a text; a turn has 'role' and 'content'"),
     ([{"content": "a"}], r"prompt\[0\]: role is missing; it must be a text"),
-    ([{"role": 1, "content": "a"}], r"prompt\[0\]: role is a int; it must be a text"),
+    ([{"role": 1, "content": "a"}], r"prompt\[0\]: role is a number; it must be a text"),
     ([{"role": "user"}], r"prompt\[0\]: content is missing; it must be a text"),
     ([{"role": "user", "content": None, "tool_calls": []}], r"content is missing"),
     ([user(" ")], r"prompt\[0\]: content is empty; fill it or delete"),
     ([user("\udcff")], r"prompt\[0\]: content holds half a character"),
-    ([{**user("a"), "name": 1}], r"prompt\[0\]: name is a int; it must be a text"),
+    ([{**user("a"), "name": 1}], r"prompt\[0\]: name is a number; it must be a text"),
     ([{**user("a"), "tool_calls": "x"}], r"prompt\[0\]: tool_calls is a text; give a list of ob"),
     ([{**user("a"), "tool_calls": [1]}], r"tool_calls is a list; give a list of objects"),
     ([{**user("a"), "tool_calls": [{"x": b"1"}]}], r"tool_calls is not JSON \(Object of type byt"),
@@ -114,5 +114,5 @@ def test_a_system_column_that_finds_no_place_is_named() -> None:
         with_system("hi", {"system": "be kind"}, "d")
     with pytest.raises(InputError, match=r"d: a column 'system' and another system turn; keep"):
         with_system(({"role": "system", "content": "a"},), {"system": "b"}, "d")
-    with pytest.raises(InputError, match=r"d: system is a int; give a text"):
+    with pytest.raises(InputError, match=r"d: system is a number; give a text"):
         with_system((user("hi"),), {"system": 1}, "d")

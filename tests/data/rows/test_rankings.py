@@ -83,7 +83,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"responses": "a"}, r"responses is a text; give a list of answers"),
     ({"responses": ["a", "b"]}, r"responses without 'scores' or 'ranks', only \['responses'\]"),
     ({"responses": ["a", "b"], "scores": [1]}, r"2 responses, but scores is 1; give one number"),
-    ({"responses": ["a", "b"], "ranks": 1}, r"2 responses, but ranks is a int; give one number"),
+    ({"responses": ["a", "b"], "ranks": 1}, r"2 responses, but ranks is a number; give one number"),
     ({"responses": ["a", "b"], "scores": [1, float("nan")]}, r"scores\[1\] is nan; give a finite"),
     ({"responses": ["a", "b"], "scores": [1, None]}, r"scores\[1\] is None; give a finite"),
     ({"answers": [{"answer": "a"}]}, r"answers\[0\] has only \['answer'\]; an object has its"),

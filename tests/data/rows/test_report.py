@@ -28,7 +28,9 @@ def test_the_table_has_one_aligned_line_a_source_and_reason() -> None:
         "train.jsonl  dropped: chosen and rejected identical     2\n"
         "train.jsonl  cut: prompts cut off                       1\n"
         "train.jsonl  bad, skipped                               1\n"
-        "eval.csv     read                                       1"
+        "train.jsonl  kept                                       7\n"
+        "eval.csv     read                                       1\n"
+        "eval.csv     kept                                       1"
     )
     assert DataReport().table() == ""
 
@@ -60,9 +62,11 @@ def test_a_sentence_that_is_no_utf_8_is_written_all_the_same(tmp_path: Path) -> 
 def test_one_bad_row_too_many_is_an_error_that_names_the_way_out() -> None:
     report = DataReport(max_bad_rows=1)
     report.bad(InputError("a, line 1: first"), "a")
-    with pytest.raises(InputError, match=r"^b, line 2: second; .* number 2, and --data\.max_bad_"):
+    with pytest.raises(InputError, match=r"^b, line 2: second; .* --data\.max_bad_rows, now 1,"):
         report.bad(InputError("b, line 2: second"), "b")
-    with pytest.raises(InputError, match=r"^first; .* number 1, and --data\.max_bad_rows is 0$"):
+    with pytest.raises(InputError, match=r"^first; this is bad row 1: raise .*, now 0, to skip"):
+        DataReport(0).bad(InputError("first"), "a")
+    with pytest.raises(InputError, match=r"^first$"):
         DataReport().bad(InputError("first"), "a")
     with pytest.raises(InputError, match=r"max_bad_rows is -1; give 0 or more"):
         DataReport(-1)
@@ -76,8 +80,10 @@ def test_reports_of_two_processes_add_up() -> None:
     assert report.dropped("train.jsonl") == Counter({"chosen and rejected identical": 4})
     assert report.dropped("eval.csv") == {"ties": 1}
     assert len(report.sources["train.jsonl"].bad) == 2
-    with pytest.raises(InputError, match=r"number 3, and --data\.max_bad_rows is 2"):
-        report.merge(filled())
+    other.bad(InputError("the fourth"), "eval.csv")
+    other.sources["train.jsonl"].bad = ["the third"]
+    with pytest.raises(InputError, match=r"^the third; this is bad row 3: raise .*, now 2,"):
+        report.merge(other)
 
 
 def test_dropped_is_a_copy() -> None:

@@ -14,7 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.models.tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
-from tpmm_pl.data.rows.formats import RawPair, RawPrompt, read_preferences
+from tpmm_pl.data.rows.formats import RawPair, RawPrompt, preferences
+from tpmm_pl.data.rows.report import DataReport
+from tpmm_pl.data.rows.sources import DataSource
 from tpmm_pl.data.tokens.chat import (
     check_vocabulary,
     judged_ids,
@@ -227,6 +229,11 @@ def test_a_prompt_has_one_name_in_pairs_and_prompts() -> None:
     assert prompt_id("") == "e3b0c44298fc1c14"
 
 
+def test_prompts_that_differ_in_white_space_alone_have_one_name() -> None:
+    assert prompt_id(" 2 +\t2?\n") == prompt_id("2 + 2?")
+    assert prompt_id("2 +2?") != prompt_id("2 + 2?")
+
+
 def test_prompts_keep_their_messages_and_their_end() -> None:
     rows = [RawPrompt("w0 w1 w2"), RawPrompt(chat().prompt)]
     text, conversation = tokenize_prompts(rows, tiny_tokenizer(), 2)
@@ -299,7 +306,7 @@ def smollm2() -> Any:
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real pairs beside the repository")
 def test_real_pairs_in_a_real_template_are_what_the_template_writes() -> None:
     tokenizer = smollm2()
-    rows, _ = read_preferences(REAL / "eval_in_domain.jsonl")
+    rows = list(preferences(DataSource(str(REAL / "eval_in_domain.jsonl")), DataReport()))
     pairs, counts = tokenize_pairs(rows, tokenizer, max_length=100_000)
     assert len(pairs) + counts.total() == len(rows)
     assert len(pairs) > 0.95 * len(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models.tiny import EOS, tiny_tokenizer
+from tests.models.tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
 from tpmm_pl.data.rows.formats import RawPair
 from tpmm_pl.data.tokens.chat import prompt_id, tokenize_pairs
 from tpmm_pl.types import InputError
@@ -61,3 +61,20 @@ def test_tokens_beyond_the_vocabulary_are_refused(
         InputError, match=f"^d.jsonl, line 1: {found}, the tokenizer's vocabulary 32 tokens; give"
     ):
         tokenize_pairs([brought(ids)], tiny_tokenizer(), max_length=9)
+
+
+@pytest.mark.parametrize("templated", [False, True])
+def test_a_prompt_of_tokens_and_of_text_has_one_name(templated: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<system>"
+    tokenizer.chat_template = f"{{{{ bos_token }}}} {CHAT_TEMPLATE}"
+    written = RawPair("w0 w1", "d.jsonl, line 2", "w2", "w3")
+    if templated:
+        asked = {"role": "user", "content": "w0 w1"}
+        chosen, rejected = ({"role": "assistant", "content": word} for word in ("w2", "w3"))
+        written = RawPair((asked,), "d.jsonl, line 2", (chosen,), (rejected,))
+    (text,), _ = tokenize_pairs([written], tokenizer, max_length=19)
+    ids = text.prompt_ids if templated else (tokenizer.bos_token_id, *text.prompt_ids)
+    (given,), _ = tokenize_pairs([brought((ids, (8, EOS), (9, EOS)))], tokenizer, max_length=19)
+    assert given.prompt_ids[0] == tokenizer.bos_token_id
+    assert given.prompt_id == text.prompt_id

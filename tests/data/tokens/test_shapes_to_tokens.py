@@ -12,7 +12,9 @@ import pytest
 from tests.data.tokens.byte_level import ADDS, BOS_ID, EOS_ID, TEMPLATES, byte_tokenizer, decoded
 from tests.models.tiny import EOS, PAD, tiny_tokenizer
 from tpmm_pl.data.batching import collate
-from tpmm_pl.data.rows.formats import RawPair, read_preferences
+from tpmm_pl.data.rows.formats import RawPair, preferences
+from tpmm_pl.data.rows.report import DataReport
+from tpmm_pl.data.rows.sources import DataSource
 from tpmm_pl.data.tokens.chat import tokenize_pairs, tokenize_prompts
 from tpmm_pl.types import IGNORE_INDEX
 
@@ -80,7 +82,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_rows_of_every_shape_become_the_same_batch(shape: str, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(SHAPES[shape]))
-    rows, _ = read_preferences(path)
+    rows = list(preferences(DataSource(str(path)), DataReport()))
     pairs, counts = tokenize_pairs(rows, tiny_tokenizer(), max_length=20)
     assert not counts
     batch = collate(pairs, pad_id=PAD)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import nan
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tpmm_pl.data.rows.columns import (
@@ -21,7 +20,6 @@ from tpmm_pl.data.rows.columns import (
     weight,
 )
 from tpmm_pl.data.rows.messages import WAY_OUT, Content
-from tpmm_pl.data.rows.messages import Message as Message  # under its old address too
 from tpmm_pl.data.rows.rankings import pair_rows
 from tpmm_pl.data.rows.report import DataReport
 from tpmm_pl.data.rows.shapes import pair_contents, prompt_contents
@@ -94,7 +92,8 @@ def preferences(source: DataSource, report: DataReport) -> Iterator[RawPair]:
                 kept += 1
                 yield pair
     if not kept:
-        why = dict(report.dropped(label))
+        dropped = report.dropped(label)
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
         raise InputError(f"{label} holds no usable pair (dropped: {why}); {WAY_OUT}")
 
 
@@ -170,20 +169,6 @@ def to_prompt(row: Mapping[str, Any], where: str) -> RawPrompt:
         InputError: If there is no prompt, or it is answered already.
     """
     return RawPrompt(prompt_contents(row, where), where, tools=tools(row, where))
-
-
-def read_preferences(path: Path) -> tuple[list[RawPair], Counter[str]]:
-    """Read the pairs of a file into memory.
-
-    Returns:
-        The pairs in the file's order, and how many rows were dropped for which reason.
-
-    Raises:
-        InputError: As :func:`preferences`.
-    """
-    report = DataReport()
-    pairs = list(preferences(DataSource(str(path)), report))
-    return pairs, report.dropped(str(path))
 
 
 def _pairs(row: Mapping[str, Any], where: str, pairing: str) -> tuple[list[RawPair], Counter[str]]:

@@ -137,6 +137,9 @@ def kind(value: object) -> str:
     """Name the type of a value as a person would."""
     kinds = {
         type(None): "missing",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
         str: "a text",
         Cell: "a text",
         tuple: "messages",

@@ -30,14 +30,15 @@ class DataReport:
     """Collects what became of the rows, so that none is lost unseen.
 
     Args:
-        max_bad_rows: How many rows, over all sources, may be skipped because they cannot be read.
+        max_bad_rows: How many rows, over all sources, may be skipped because they cannot be read;
+            ``None``: none, and there is no setting that allows some.
 
     Raises:
         InputError: If ``max_bad_rows`` is negative.
     """
 
-    def __init__(self, max_bad_rows: int = 0) -> None:
-        if max_bad_rows < 0:
+    def __init__(self, max_bad_rows: int | None = None) -> None:
+        if max_bad_rows is not None and max_bad_rows < 0:
             raise InputError(f"max_bad_rows is {max_bad_rows}; give 0 or more rows to skip")
         self.max_bad_rows = max_bad_rows
         self.sources: dict[str, SourceCounts] = {}
@@ -61,8 +62,15 @@ class DataReport:
             InputError: ``error`` with one more way out, once there are more than
                 ``max_bad_rows`` such rows.
         """
+        if self.max_bad_rows is None:
+            raise error
         self._of(source).bad.append(str(error))
-        self._refuse_more_bad_rows(str(error))
+        bad = len(self.bad_rows())
+        if bad > self.max_bad_rows:
+            raise InputError(
+                f"{error}; this is bad row {bad}: raise --data.max_bad_rows, now"
+                f" {self.max_bad_rows}, to skip and count such rows"
+            ) from error
 
     def dropped(self, source: str) -> Counter[str]:
         """Return how many rows of a source were dropped, by reason."""
@@ -79,9 +87,12 @@ class DataReport:
             own.read += counts.read
             own.dropped += counts.dropped
             own.cut += counts.cut
-            own.bad += counts.bad
-            if counts.bad:
-                self._refuse_more_bad_rows(counts.bad[-1])
+            for sentence in counts.bad:
+                self.bad(InputError(sentence), source)
+
+    def bad_rows(self) -> list[str]:
+        """Return the sentences about all skipped rows."""
+        return [sentence for counts in self.sources.values() for sentence in counts.bad]
 
     def table(self) -> str:
         """Return an aligned table, one line a source and reason; empty without sources."""
@@ -122,11 +133,4 @@ class DataReport:
         yield from ((f"cut: {reason}", count) for reason, count in counts.cut.items())
         if counts.bad:
             yield "bad, skipped", len(counts.bad)
-
-    def _refuse_more_bad_rows(self, sentence: str) -> None:
-        bad = sum(len(counts.bad) for counts in self.sources.values())
-        if bad > self.max_bad_rows:
-            raise InputError(
-                f"{sentence}; or skip and count bad rows: this is number {bad}, and"
-                f" --data.max_bad_rows is {self.max_bad_rows}"
-            )
+        yield "kept", counts.read - counts.dropped.total() - len(counts.bad)

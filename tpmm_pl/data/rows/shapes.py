@@ -58,7 +58,7 @@ def prompt_contents(row: Mapping[str, Any], where: str) -> Content:
     elif row.get("chosen") is not None and row.get("rejected") is not None:
         return pair_contents(row, where)[0]
     else:
-        prompt = content(row, "messages", where)
+        prompt = content(row, "prompt" if row.get("messages") is None else "messages", where)
         if isinstance(prompt, str):
             raise InputError(f"{where}: messages is a text; name a plain text 'prompt'")
         while prompt and prompt[-1]["role"] == "assistant":

@@ -31,9 +31,19 @@ Row = TypeVar("Row", bound=RawPrompt)
 _ROWS_A_CALL = 512
 
 
-def prompt_id(text: str) -> str:
-    """Return the name of a prompt: 16 hexadecimal digits of the SHA-256 of its text."""
-    return sha256(text.encode()).hexdigest()[:16]
+def prompt_id(text: str, begin: str | None = None) -> str:
+    """Return the name of a prompt: 16 hexadecimal digits of the SHA-256 of its text.
+
+    White space counts as one blank, and none at the ends: prompts that differ in nothing else
+    would be the same question on both sides of a split.
+
+    Args:
+        text: As the model sees it.
+        begin: The beginning-of-sequence token, which does not count: token ids bring it, texts
+            do not.
+    """
+    words = text.removeprefix(begin or "").split()
+    return sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 def tokenize_pairs(
@@ -79,7 +89,8 @@ def tokenize_pairs(
         counts["prompts cut off"] += ids.prompt != whole.prompt
         counts["completions cut off"] += ids[1:] != whole[1:]
         counts["reference log-probabilities left out"] += cut and _is_scored(row)
-        pairs.append(_pair(row, texts, ids, scored=not cut))
+        name = prompt_id(texts.prompt, tokenizer.bos_token)
+        pairs.append(_pair(row, name, texts, ids, scored=not cut))
     return pairs, +counts
 
 
@@ -115,7 +126,8 @@ def tokenize_prompts(
                 )
             ids = truncate_prompt(whole, max_prompt_length, truncation)
             messages = None if isinstance(row.prompt, str) else row.prompt
-            prompts.append(Prompt(prompt_id(text), text, ids, messages))
+            name = prompt_id(text, tokenizer.bos_token)
+            prompts.append(Prompt(name, text, ids, messages))
     return prompts
 
 
@@ -200,9 +212,9 @@ def _given_texts(
     return PairTexts(prompt, chosen, rejected)
 
 
-def _pair(row: RawPair, texts: PairTexts, ids: PairIds, *, scored: bool) -> Pair:
+def _pair(row: RawPair, name: str, texts: PairTexts, ids: PairIds, *, scored: bool) -> Pair:
     return Pair(
-        prompt_id=prompt_id(texts.prompt),
+        prompt_id=name,
         prompt=texts.prompt,
         chosen=texts.chosen,
         rejected=texts.rejected,

@@ -35,7 +35,8 @@ def describe_example(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str:
     }
     width = max(len(str(count)) for count, _ in parts.values())
     lines = [f"{name:<8}  {count:>{width}} tokens  {text}" for name, (count, text) in parts.items()]
-    return "\n".join(["one example; the tokens in brackets are trained on", *lines])
+    swapped = ", its label swapped by noise" if pair.flipped else ""
+    return "\n".join([f"one example{swapped}; the tokens in brackets are trained on", *lines])
 
 
 def _readable(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from tpmm_pl.data.rows.formats import Message, RawPair, RawPrompt
+from tpmm_pl.data.rows.formats import RawPair, RawPrompt
+from tpmm_pl.data.rows.messages import Message
 from tpmm_pl.types import InputError
 
 
