@@ -367,8 +367,8 @@ def main() -> None:
             work = [(roots[seed], seed, arm, options) for seed in seeds for arm in options.arms]
             list(pool.map(lambda job: optimise(*job), work))
     found = {arm: [results(root, arm) for root in roots.values()] for arm in options.arms}
-    against = "dense_longer" if "dense_longer" in found else options.arms[0]
-    text = "\n\n".join([table(found), differences(found, against)])
+    baselines = [arm for arm in ("dense_longer", "dense") if arm in found]
+    text = "\n\n".join([table(found), *(differences(found, arm) for arm in baselines)])
     print(text)
     if options.json:
         means = {arm: statistics.mean(o["best_of/64"] for o in ones) for arm, ones in found.items()}
