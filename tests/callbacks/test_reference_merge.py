@@ -222,7 +222,7 @@ def test_a_control_arm_that_learns_is_refused_before_it_trains(
 
 def test_learning_without_held_out_pairs_is_refused(start: LettersPolicy, tmp_path: Path) -> None:
     context = snapshots(tmp_path, start, 1)
-    with pytest.raises(InputError, match=r"need held-out pairs, and .* has none; "):
+    with pytest.raises(InputError, match=r"need held-out pairs, and .* has none; set data.fuse"):
         finish_round([ReferenceMerge("learned")], context)
 
 
