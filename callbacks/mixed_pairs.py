@@ -26,7 +26,6 @@ class MixedPairs(RoundPairs):
         on_policy: Makes the on-policy pairs, with its own annotator, method and noise.
         offline: Hands out the offline pairs; their noise is the data's.
         ratio: Share of on-policy pairs, in ``(0, 1)``.
-        score_batch_size: Pairs a batch of the pass without gradients.
         train_on_fuse_pairs: See :class:`RoundPairs`.
 
     Raises:
@@ -38,10 +37,9 @@ class MixedPairs(RoundPairs):
         on_policy: OnPolicyPairs,
         offline: OfflinePairs,
         ratio: float = 0.5,
-        score_batch_size: int = 128,
         train_on_fuse_pairs: bool = False,
     ) -> None:
-        super().__init__(score_batch_size, train_on_fuse_pairs)
+        super().__init__(train_on_fuse_pairs)
         if not 0 < ratio < 1:
             raise InputError(
                 f"ratio is {ratio}; the share of on-policy pairs lies between 0 and 1: use "

@@ -32,7 +32,6 @@ class OnPolicyPairs(RoundPairs):
         flip_in_rounds: Another flip rate for the training pairs of some rounds, as when one batch
             of annotation goes wrong; fuse pairs keep ``noise``.
         batch_size: Completions generated at once; halved when memory runs out.
-        score_batch_size: Pairs a batch of the pass without gradients.
         train_on_fuse_pairs: See :class:`RoundPairs`.
     """
 
@@ -48,10 +47,9 @@ class OnPolicyPairs(RoundPairs):
         noise: LabelNoise | None = None,
         flip_in_rounds: dict[int, float] | None = None,
         batch_size: int = 256,
-        score_batch_size: int = 128,
         train_on_fuse_pairs: bool = False,
     ) -> None:
-        super().__init__(score_batch_size, train_on_fuse_pairs)
+        super().__init__(train_on_fuse_pairs)
         check_method(method, min_margin)
         if samples < 2 or fuse_samples < 2:
             raise InputError(

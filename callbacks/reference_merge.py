@@ -133,7 +133,7 @@ class ReferenceMerge(RoundCallback):
                 read_fuse_pool(store, index),
                 batch_size=self.fusion.batch_size,
                 steps=steps,
-                pad_id=context.data.tokenizer.pad_token_id,
+                token_budget=context.token_budget,
                 generator=context.generator(stage),
             ),
             title=f"round {index}: learning coefficients",
@@ -216,7 +216,8 @@ def start_divergence(context: RoundContext, recipe: Recipe) -> float:
             key=context.key("guard"),
         )  # fmt: skip
         context.load(one_hot(0))
-        start = score_completions(context.policy, completions, pad_id=tokenizer.pad_token_id)
+        budget = context.token_budget
+        start = score_completions(context.policy, completions, token_budget=budget)
     return float(torch.tensor([c.logps for c in completions]).sub(start).mean())
 
 

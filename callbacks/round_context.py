@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from torch import nn
 
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.models.weights import become, materialise
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.trajectory import TrajectoryStore
@@ -54,6 +55,11 @@ class RoundContext:
     """Set by the stage of that name; the newest snapshot otherwise."""
     _holds: tuple[str, Recipe] | None = None
     _trains: tuple[str, Recipe] | None = None
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that go through the policy at once in passes and fits."""
+        return getattr(self.data, "token_budget", TOKEN_BUDGET)
 
     def key(self, stage: str) -> str:
         """Name the random draws of a stage."""

@@ -118,10 +118,11 @@ class RoundEvaluation(RoundCallback):
             # answers of another distribution than the policy's say nothing of its divergence
             return answers
         context.load(one_hot(0))
-        pad_id = context.data.tokenizer.pad_token_id
         for answer in answers.values():
             with context.fabric.autocast():
-                logps = score_completions(context.policy, answer.completions, pad_id=pad_id)
+                logps = score_completions(
+                    context.policy, answer.completions, token_budget=context.token_budget
+                )
             answer.start_logps = logps.tolist()
         return answers
 
@@ -197,9 +198,8 @@ class RoundEvaluation(RoundCallback):
         return pairs
 
     def _score(self, context: RoundContext, pairs: Sequence[Pair]) -> PairLogps:
-        pad_id = context.data.tokenizer.pad_token_id
         with context.fabric.autocast():
-            return score_pairs(context.policy, pairs, pad_id=pad_id, batch_size=self.batch_size)
+            return score_pairs(context.policy, pairs, token_budget=context.token_budget)
 
     @rank_zero_only
     def _print_row(self, context: RoundContext) -> None:

@@ -29,15 +29,13 @@ class RoundPairs(RoundCallback):
     computed anew under any other reference.
 
     Args:
-        score_batch_size: Pairs a batch of the pass without gradients.
         train_on_fuse_pairs: Add all held-out pairs so far to every round's training pairs. This
             is the control that gives a baseline the same information; with the strategy
             ``learned`` it leaks, and is refused.
     """
 
-    def __init__(self, score_batch_size: int = 128, train_on_fuse_pairs: bool = False) -> None:
+    def __init__(self, train_on_fuse_pairs: bool = False) -> None:
         super().__init__()
-        self.score_batch_size = score_batch_size
         self.train_on_fuse_pairs = train_on_fuse_pairs
 
     @abstractmethod
@@ -105,11 +103,8 @@ class RoundPairs(RoundCallback):
             say(f"{title}: the log-probabilities of the starting policy come with the data")
             return pairs
         context.load(recipe)
-        pad_id = context.data.tokenizer.pad_token_id
         with context.fabric.autocast():
-            logps = score_pairs(
-                context.policy, pairs, pad_id=pad_id, batch_size=self.score_batch_size
-            )
+            logps = score_pairs(context.policy, pairs, token_budget=context.token_budget)
         return with_reference(pairs, logps)
 
 

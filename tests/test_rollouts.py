@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from scipy.stats import chi2, kstest
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from tests.models.tiny import EOS, PAD, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models.tiny import EOS, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tpmm_pl.models.scoring import score_completions
-from tpmm_pl.rollouts import KeyedSampling, gumbel_noise, sample_completions
+from tpmm_pl.rollouts import sample_completions
 from tpmm_pl.types import Completion, Prompt
 
 TOKENIZER = tiny_tokenizer()
+
+Shape = tuple[int, int]
+"""Rows and tokens of a forward pass."""
 
 
 def prompts(count: int = 5) -> list[Prompt]:
@@ -106,7 +110,7 @@ def test_the_recorded_log_probabilities_are_the_models_own(
 ) -> None:
     policy = model(factory)
     made = sample(policy, prompts(), temperature=temperature)
-    scored = score_completions(policy.eval(), made, pad_id=PAD)
+    scored = score_completions(policy.eval(), made)
     assert [c.logps for c in made] == pytest.approx(scored.tolist(), abs=1e-4)
     assert scored.std() > 0.1
 
@@ -168,7 +172,7 @@ def test_an_end_token_that_pads_too_is_kept_once() -> None:
     )
     assert any(c.finished for c in made)
     assert all(c.ids.count(EOS) == c.finished for c in made)
-    scored = score_completions(policy.eval(), made, pad_id=EOS)
+    scored = score_completions(policy.eval(), made)
     assert [c.logps for c in made] == pytest.approx(scored.tolist(), abs=1e-4)
 
 
@@ -181,35 +185,119 @@ def test_the_models_further_end_tokens_count() -> None:
         assert sum(token in (EOS, 9, 10) for token in completion.ids) == completion.finished
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_changes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "prefills"),
+    [(12, [4]), (7, [2, 2]), (6, [2, 2]), (3, [1, 1, 1, 1]), (2, [1, 2, 1, 1, 2, 1])],
+)
+def test_samples_of_a_prompt_share_its_prefill(batch_size: int, prefills: list[int]) -> None:
     policy = model()
-    expected = sample(policy, prompts())
-    rows: list[int] = []
-    generate = policy.generate
+    memory = Memory(policy)
+    made = sample(policy, prompts(5)[1:], batch_size=batch_size)
+    assert [shape[0] for shape in memory.passes if _is_prefill(shape)] == prefills
+    assert len(made) == 12
 
-    def tight(input_ids: Tensor, **settings: Any) -> Tensor:
-        rows.append(len(input_ids))
-        if len(input_ids) > 4:
-            raise torch.OutOfMemoryError
-        tokens: Tensor = generate(input_ids=input_ids, **settings)  # type: ignore[operator]
-        return tokens
 
-    monkeypatch.setattr(policy, "generate", tight)
+def test_equal_prompts_of_other_names_share_their_prefill() -> None:
+    policy, prompt = model(), prompts()[4]
+    memory = Memory(policy)
+    made = sample(policy, [prompt, prompts()[3], replace(prompt, prompt_id="twin")])
+    assert [shape for shape in memory.passes if _is_prefill(shape)] == [(2, 5)]
+    assert made[0].prompt.ids == made[6].prompt.ids
+    # but not their noise
+    assert [c.ids for c in made[:3]] != [c.ids for c in made[6:]]
+
+
+def test_tokens_a_second_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="tpmm_pl.rollouts"):
+        made = sample(model(), prompts(), title="round 3: sampling pairs")
+    tokens = sum(len(completion.ids) for completion in made)
+    (line,) = caplog.messages
+    assert re.fullmatch(rf"round 3: sampling pairs: {tokens} tokens, [\d,]+ tokens/s", line)
+
+
+def test_a_model_whose_prompts_cannot_be_shared_says_so_once_and_samples_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = sample(model(), prompts())
+    monkeypatch.setattr("tpmm_pl.rollouts.shares_prefill", lambda policy: False)
+    for batch_size in (15, 4):
+        made = sample(model(), prompts(), batch_size=batch_size)
+        assert ids(made) == ids(expected)
+        assert [c.logps for c in made] == pytest.approx([c.logps for c in expected], abs=1e-4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "LlamaForCausalLM" in line]
+    assert lines == [
+        "LlamaForCausalLM has no cache of keys and values: each sample of a prompt reads it anew"
+    ]
+
+
+class Memory:
+    """Records a model's forward passes; those that do not fit run out of memory."""
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        fits: Callable[[Shape], bool] = lambda shape: True,
+        error: Exception | None = None,
+    ) -> None:
+        self.passes: list[Shape] = []
+        self._fits, self._error = fits, error
+        policy.register_forward_pre_hook(self._pass, with_kwargs=True)
+
+    def _pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows, tokens = kwargs["input_ids"].shape
+        self.passes.append((rows, tokens))
+        if not self._fits((rows, tokens)):
+            assert self._error is not None
+            raise self._error
+
+
+def _is_prefill(shape: Shape) -> bool:
+    return shape[1] > 1
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_changes(error: Exception) -> None:
+    expected = sample(model(), prompts())
+    policy = model()
+    # prompts of 1 to 5 tokens, 3 samples each: the first pass over new tokens has all rows
+    memory = Memory(policy, lambda shape: _is_prefill(shape) or shape[0] <= 4, error)
     made = sample(policy, prompts(), batch_size=15)
-    assert rows == [15, 7, 3, 3, 3, 3, 3]
+    assert [shape[0] for shape in memory.passes if _is_prefill(shape)] == [5, 2, 1, 1, 1, 1]
+    assert max(shape[0] for shape in memory.passes[2:]) == 6
     assert ids(made) == ids(expected)
 
 
-def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(**_: Any) -> Tensor:
-        raise torch.OutOfMemoryError
-
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_prefill_that_does_not_fit_is_halved_too(error: Exception) -> None:
+    expected = sample(model(), prompts())
     policy = model()
-    monkeypatch.setattr(policy, "generate", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    memory = Memory(policy, lambda shape: not _is_prefill(shape) or shape[0] <= 2, error)
+    made = sample(policy, prompts(), batch_size=15)
+    assert [shape[0] for shape in memory.passes if _is_prefill(shape)] == [5, 2, 2, 1]
+    assert ids(made) == ids(expected)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_single_row_that_does_not_fit_is_an_error(error: Exception) -> None:
+    policy = model()
+    memory = Memory(policy, lambda shape: False, error)
+    with pytest.raises(RuntimeError, match="memory"):
         sample(policy, prompts())
+    assert len(memory.passes) == 4
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    policy = model()
+    memory = Memory(policy, lambda shape: False, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sample(policy, prompts())
+    assert len(memory.passes) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -222,61 +310,3 @@ def test_sampling_is_without_dropout_and_leaves_the_mode(training: bool) -> None
 
 def test_no_prompt_gives_no_completion() -> None:
     assert sample(model(), []) == []
-
-
-def test_draws_follow_the_softmax() -> None:
-    probabilities = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
-    draws = 20_000
-    keys = [f"0/{index}" for index in range(draws)]
-    draw = KeyedSampling(keys, 3, 1.0, torch.device("cpu"))
-    scores = probabilities.log().expand(draws, -1)
-    picked = draw(torch.zeros(draws, 3, dtype=torch.long), scores).argmax(-1)
-    counts = picked.bincount(minlength=6).double()
-    statistic = float(((counts - draws * probabilities).square() / (draws * probabilities)).sum())
-    assert statistic < chi2.isf(1e-3, df=5)
-    torch.testing.assert_close(draw.logps[0], probabilities.log()[picked])
-
-
-def test_draws_follow_the_softmax_over_positions_of_one_row() -> None:
-    probabilities = torch.tensor([0.5, 0.3, 0.2])
-    key, draws = torch.tensor([123456789]), 4_000
-    noise = torch.cat([gumbel_noise(key, position, 3) for position in range(draws)])
-    counts = (probabilities.log() + noise).argmax(-1).bincount(minlength=3).double()
-    statistic = float(((counts - draws * probabilities).square() / (draws * probabilities)).sum())
-    assert statistic < chi2.isf(1e-3, df=2)
-
-
-def test_the_noise_is_gumbels() -> None:
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randint(-(2**62), 2**62, (200,), generator=generator)
-    noise = gumbel_noise(keys, 0, 100)
-    assert noise.dtype == torch.float32
-    assert noise.isfinite().all()
-    assert kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
-    # neighbours in token, position and key are unrelated
-    for other in (noise[:, 1:], gumbel_noise(keys, 1, 100)[:, :-1], gumbel_noise(keys + 1, 0, 99)):
-        correlation = torch.stack([noise[:, :-1].flatten(), other.flatten()]).corrcoef()[0, 1]
-        assert abs(float(correlation)) < 4 / (200 * 99) ** 0.5
-
-
-def test_the_noise_is_the_same_on_every_machine() -> None:
-    # a golden value: a changed hash would silently change every finished run's resumed samples
-    noise = gumbel_noise(torch.tensor([1, -1]), 2, 3)
-    expected = reference_noise(1, 2, 3) + reference_noise(-1, 2, 3)
-    torch.testing.assert_close(noise.flatten(), torch.tensor(expected))
-
-
-def reference_noise(key: int, position: int, vocabulary: int) -> list[float]:
-    """The same in Python's integers."""
-    from math import log
-
-    mask, weyl = (1 << 64) - 1, 0x9E3779B97F4A7C15
-
-    def mix(x: int) -> int:
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
-
-    row = mix((key + (position + 1) * weyl) & mask)
-    bits = [mix((row + token * weyl) & mask) >> 11 for token in range(vocabulary)]
-    return [-log(-log((b + 0.5) * 2.0**-53)) for b in bits]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpmm_pl.data.batching import pad_rows
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.tokens.chat import judged_ids
 from tpmm_pl.merging import linear_merge
 from tpmm_pl.models.load import load_reward_model
+from tpmm_pl.models.reward import RewardScorer, score_rows
 from tpmm_pl.registry import lookup
 from tpmm_pl.types import Completion, InputError
 
@@ -28,7 +29,7 @@ class RewardModelJudge:
     Args:
         name_or_path: Hub id or folder.
         max_length: Tokens of prompt and completion; the end is kept.
-        batch_size: Completions scored at once.
+        token_budget: Tokens scored at once; those that completions begin with alike count once.
         dtype: Of the weights.
         device: Where it runs; by default on the accelerator where there is one.
     """
@@ -37,13 +38,13 @@ class RewardModelJudge:
         self,
         name_or_path: str,
         max_length: int = 2048,
-        batch_size: int = 32,
+        token_budget: int = TOKEN_BUDGET,
         dtype: str = "float32",
         device: str | None = None,
     ) -> None:
         self.name_or_path = name_or_path
         self.max_length = max_length
-        self.batch_size = batch_size
+        self.token_budget = token_budget
         self.dtype = dtype
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -61,20 +62,22 @@ class RewardModelJudge:
         self, completions: Sequence[Completion], model: nn.Module, tokenizer: Any
     ) -> list[float]:
         rows = [judged_ids(one, tokenizer)[-self.max_length :] for one in completions]
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        scores = torch.empty(len(rows))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            ids, mask, _ = pad_rows([((), rows[i]) for i in chosen], tokenizer.pad_token_id)
-            # the model's own forward: it reads the score where it did in its training
-            output = model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-            scores[chosen] = output.logits.squeeze(-1).float().cpu()
+        # the model's own forward reads the score before the padding, which may be its end token
+        ended = [_before(tokenizer.pad_token_id, row) for row in rows]
+        scores = score_rows(RewardScorer(model), ended, token_budget=self.token_budget)
         if not scores.isfinite().all():
             raise InputError(
                 f"{self.name_or_path} gives scores that are not finite; check its weights, or its "
                 f"dtype {self.dtype}"
             )
         return scores.tolist()
+
+
+def _before(pad_id: int, row: tuple[int, ...]) -> tuple[int, ...]:
+    length = len(row)
+    while length > 1 and row[length - 1] == pad_id:
+        length -= 1
+    return row[:length]
 
 
 def worst_case(scores: Tensor, penalty: float) -> Tensor:
@@ -113,7 +116,7 @@ class RewardEnsembleJudge:
             ``weights``: one model whose weights are the members' average (WARM, Rame et al. 2024).
         penalty: Of the variance.
         max_length: Tokens of prompt and completion; the end is kept.
-        batch_size: Completions scored at once.
+        token_budget: Tokens scored at once; those that completions begin with alike count once.
         dtype: Of the weights.
         device: Where they run; by default on the accelerator where there is one.
 
@@ -127,7 +130,7 @@ class RewardEnsembleJudge:
         combine: str = "mean",
         penalty: float = 1.0,
         max_length: int = 2048,
-        batch_size: int = 32,
+        token_budget: int = TOKEN_BUDGET,
         dtype: str = "float32",
         device: str | None = None,
     ) -> None:
@@ -135,7 +138,8 @@ class RewardEnsembleJudge:
             raise InputError(f"an ensemble needs two members or more, not {names_or_paths}")
         lookup("combination", combine, {**COMBINATIONS, "weights": None})
         self.members = [
-            RewardModelJudge(name, max_length, batch_size, dtype, device) for name in names_or_paths
+            RewardModelJudge(name, max_length, token_budget, dtype, device)
+            for name in names_or_paths
         ]
         self.combine = combine
         self.penalty = penalty

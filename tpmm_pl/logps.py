@@ -1,32 +1,136 @@
-"""Log-probabilities of completions, with the head on completion positions only."""
+"""Log-probabilities of completions, with the head on the positions that predict them only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor
 
 from tpmm_pl.types import IGNORE_INDEX, PairLogps
 
 LOGITS_BUDGET = 1 << 30
-"""Bytes of float32 logits held at once; larger batches are cut and recomputed in the backward."""
+"""Bytes of logits kept for the backward pass; above it they are made again, chunk by chunk."""
+
+_CACHED = 1 << 19
+"""Logits reduced at once on a processor, so that passes over them find them in its cache."""
 
 
-def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the log-probability of each target token in nats.
+def head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state_of: Tensor,
+    targets: Tensor,
+    *,
+    budget: int = LOGITS_BUDGET,
+) -> Tensor:
+    """Apply a linear head to hidden states; return log-probabilities of the tokens they predict.
+
+    One differentiable function: no log-probability is held but those asked for, the logits become
+    their own gradient in place, and a frozen head gets none. Logits have the dtype of autocast
+    where it is on, the sums over the vocabulary float32. Above ``budget`` they are made in chunks,
+    and once more in the backward pass.
 
     Args:
-        logits: Unnormalised scores, ``(M, V)``, any float dtype; reduced in float32.
-        targets: Token ids, ``(M,)`` int64.
+        hidden: ``(U, H)``.
+        weight: ``(V, H)``; sharded, it is gathered once.
+        bias: ``(V,)`` or ``None``.
+        state_of: Which of the hidden states predicts each token, ``(S,)`` int64.
+        targets: The tokens, ``(S,)`` int64.
+        budget: Bytes of logits.
 
     Returns:
-        ``(M,)`` float32.
+        Log-probabilities in nats, ``(S,)`` float32.
+    """
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    apply: Callable[..., Tensor] = _Head.apply
+    rows = max(1, budget // (hidden.element_size() * len(weight)))
+    if len(hidden) <= rows:
+        return apply(hidden, weight, bias, state_of, targets, True)
+    # tokens are not sorted by state: each chunk takes those of its own
+    result = hidden.new_zeros(len(targets), dtype=torch.float32)
+    for start, states in enumerate(hidden.split(rows)):
+        chosen = (state_of // rows == start).nonzero()[:, 0]
+        of_chunk = state_of[chosen] - start * rows
+        logps = apply(states, weight, bias, of_chunk, targets[chosen], False)
+        result = result.index_put((chosen,), logps)
+    return result
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state_of: Tensor,
+        targets: Tensor,
+        keep: bool,
+    ) -> Tensor:
+        logits = F.linear(hidden, weight, bias)
+        sums = _log_sums(logits)
+        logps = logits[state_of, targets].float() - sums[state_of]
+        ctx.save_for_backward(hidden, weight, bias, state_of, targets, sums)
+        ctx.logits = logits if keep and any(ctx.needs_input_grad) else None
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        hidden, weight, bias, state_of, targets, sums = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        if logits is None:
+            logits = F.linear(hidden, weight, bias)
+        # of a log-probability by its logits: 1 at the target, less the softmax
+        share = torch.zeros_like(sums).index_add_(0, state_of, gradient)
+        for part, norm, of_part in zip(*map(_blocks(logits), (logits, sums, share)), strict=True):
+            part.sub_(norm[:, None]).exp_().mul_(-of_part[:, None])
+        logits.index_put_((state_of, targets), gradient.to(logits.dtype), accumulate=True)
+        needs = ctx.needs_input_grad
+        return (
+            logits @ weight if needs[0] else None,
+            logits.mT @ hidden if needs[1] else None,
+            logits.sum(0) if needs[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _log_sums(logits: Tensor) -> Tensor:
+    # (U,) float32; a lower precision is widened block by block, never as a whole
+    return torch.cat([part.float().logsumexp(-1) for part in _blocks(logits)(logits)])
+
+
+def _blocks(logits: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    size = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
+    return lambda tensor: tensor.split(size)
+
+
+def token_logps(logits: Tensor, state_of: Tensor, targets: Tensor) -> Tensor:
+    """Return the log-probabilities of tokens from the logits of the states that predict them.
+
+    Args:
+        logits: ``(U, V)``, any float dtype; reduced in float32.
+        state_of: Row of ``logits`` of each token, ``(S,)`` int64.
+        targets: The tokens, ``(S,)`` int64.
+
+    Returns:
+        In nats, ``(S,)`` float32.
     """
     scores = logits.float()
-    # gather before logsumexp: no (M, V) tensor of log-probabilities is ever held
-    return scores.gather(-1, targets[:, None]).squeeze(-1) - scores.logsumexp(-1)
+    # gather before logsumexp: no (U, V) tensor of log-probabilities is ever held
+    return scores[state_of, targets] - scores.logsumexp(-1)[state_of]
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -46,62 +150,15 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.shape[:2] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} but labels {tuple(labels.shape)}")
-    return completion_logps(logits, labels, head=lambda scores: scores)
-
-
-def completion_logps(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Callable[[Tensor], Tensor],
-    *,
-    vocabulary: int = 0,
-    budget: int = LOGITS_BUDGET,
-) -> Tensor:
-    """Apply ``head`` to the positions that predict a labelled token, and sum by row.
-
-    Args:
-        hidden: Last hidden states, ``(N, T, H)``.
-        labels: Token ids, ``(N, T)``; ``IGNORE_INDEX`` marks prompt and padding.
-        head: From ``(M, H)`` to logits ``(M, V)``.
-        vocabulary: V, with which the size of the logits is foreseen; 0: never cut.
-        budget: Bytes of float32 logits above which positions are cut into chunks that are
-            recomputed in the backward pass.
-
-    Returns:
-        Log-probabilities in nats, ``(N,)`` float32, summed in float64.
-    """
     predicted = labels[:, 1:] != IGNORE_INDEX
-    rows = predicted.nonzero()[:, 0]
-    states = hidden[:, :-1][predicted]
     targets = labels[:, 1:][predicted]
-
-    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
-        return token_logps(head(states), targets)
-
-    size = max(1, budget // (4 * vocabulary)) if vocabulary else max(1, len(targets))
-    if len(targets) <= size:
-        logps = of_chunk(states, targets)
-    else:
-        chunks = zip(states.split(size), targets.split(size), strict=True)
-        logps = torch.cat([_recomputed(of_chunk, *chunk) for chunk in chunks])
-    # float64: a float32 sum over a long completion loses up to 6e-6 of the loss
+    each = torch.arange(len(targets), device=labels.device)
+    logps = token_logps(logits[:, :-1][predicted], each, targets).double()
     sums = torch.zeros(len(labels), dtype=torch.float64, device=logps.device)
-    return sums.index_add(0, rows, logps.double()).float()
-
-
-def _recomputed(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return function(a, b)
-    result: Tensor = checkpoint(function, a, b, use_reentrant=False)
-    return result
+    return sums.index_add(0, predicted.nonzero()[:, 0], logps).float()
 
 
 def split_pairs(values: Tensor) -> PairLogps:
     """Cut ``(N,)`` values of stacked rows into chosen and rejected, each ``(B,)``."""
     chosen, rejected = values.chunk(2)
     return PairLogps(chosen, rejected)
-
-
-def completion_tokens(labels: Tensor) -> Tensor:
-    """Count the labelled tokens of each row that are predicted, ``(N,)`` float32."""
-    return (labels[:, 1:] != IGNORE_INDEX).sum(-1).float()

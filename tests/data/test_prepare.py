@@ -21,7 +21,7 @@ from tpmm_pl.data.rows.report import DataReport
 from tpmm_pl.data.rows.sources import DataSource
 from tpmm_pl.data.table import PairTable
 from tpmm_pl.data.tokens.chat import tokenize_pairs
-from tpmm_pl.types import InputError, Pair
+from tpmm_pl.types import InputError
 
 ENCODING = Encoding(max_length=32, max_prompt_length=16)
 
@@ -57,7 +57,7 @@ class Counted:
 
     def __call__(
         self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **settings: Any
-    ) -> tuple[list[Pair], Counter[str]]:
+    ) -> tuple[PairTable, Counter[str]]:
         self.rows += len(rows)
         return tokenize_pairs(rows, tokenizer, **settings)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tpmm_pl.commands.output import refuse_existing, report
-from tpmm_pl.data.batching import collate, fuse_loader, length_sorted_batches, pad_rows
+from tpmm_pl.data.batching import fuse_loader, micro_batches
+from tpmm_pl.data.packing import pack_rows, pad_tree
 from tpmm_pl.data.rewards import read_reward_pairs
 from tpmm_pl.data.table import join
 from tpmm_pl.fabric import fit_with_fabric
@@ -21,7 +22,7 @@ from tpmm_pl.models.moe_checkpoint import is_moe_folder
 from tpmm_pl.models.plain import plain_scores
 from tpmm_pl.models.reward import RewardScorer, export_reward_model
 from tpmm_pl.modules.consolidation import ExpertFusion, Start, mean_gates
-from tpmm_pl.types import InputError, Pair, PairBatch, RunError
+from tpmm_pl.types import InputError, Pair, PairBatch, RunError, TokenTree
 
 TOLERANCE = 1e-5
 """Largest difference allowed to the scores of plain transformers, relative above 1, in float32."""
@@ -86,9 +87,7 @@ def consolidate_model(
         known = read_reward_pairs(pairs, tokenizer, max_length=max_length)
     if pairs is not None and not known:
         raise InputError(f"{pairs} leaves no pair at --max_length {max_length}; give others")
-    pad_id = int(tokenizer.pad_token_id)
-    order = length_sorted_batches(known, batch_size)
-    batches = [fabric.to_device(collate([known[i] for i in rows], pad_id)) for rows in order]
+    batches = fabric.to_device(micro_batches(known)) if known else []
     found: dict[str, Any] = {"out": str(out), "coefficients": way}
     if known:
         found["accuracy_experts"] = accuracy(model, batches)
@@ -98,9 +97,7 @@ def consolidate_model(
     fusion.bind_experts(model, gates)
     if way == "learned":
         generator = torch.Generator().manual_seed(seed)
-        loader = fuse_loader(
-            known, batch_size=batch_size, steps=steps, pad_id=pad_id, generator=generator
-        )
+        loader = fuse_loader(known, batch_size=batch_size, steps=steps, generator=generator)
         found |= _learned(fusion, fabric, loader, batches)
     if known:
         found["accuracy_dense"] = accuracy(model, batches)
@@ -112,7 +109,7 @@ def consolidate_model(
 def _learned(
     fusion: ExpertFusion,
     fabric: Fabric,
-    loader: Iterable[PairBatch],
+    loader: Iterable[list[PairBatch]],
     batches: Sequence[PairBatch],
 ) -> dict[str, float]:
     before = _loss(fusion, batches)
@@ -129,8 +126,8 @@ def accuracy(model: torch.nn.Module, batches: Sequence[PairBatch]) -> float:
     return float(torch.cat([r.chosen > r.rejected for r in rewards]).float().mean())
 
 
-def probe_rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Return tokens and attention mask of padded rows to score, ``(N, T)`` int64 each.
+def probe_rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> TokenTree:
+    """Return rows to score.
 
     Args:
         tokenizer: The reward model's.
@@ -140,8 +137,7 @@ def probe_rows(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> tup
     if not rows:
         usable = sorted(set(range(min(len(tokenizer), 512))) - set(tokenizer.all_special_ids))
         rows = [tuple(usable[length : 3 * length]) for length in (2, 5, 9)]
-    ids, mask, _ = pad_rows([((), row) for row in rows], int(tokenizer.pad_token_id))
-    return ids, mask
+    return pack_rows([((), row) for row in rows])
 
 
 @torch.no_grad()
@@ -165,12 +161,12 @@ def written_and_read(
         InputError: If the model's scores are not finite; nothing is written then.
         RunError: If plain transformers cannot read the folder, or scores otherwise.
     """
-    ids, mask = probe_rows(tokenizer, pairs)
-    ours = RewardScorer(model).rows(ids, mask)
+    tree = probe_rows(tokenizer, pairs)
+    ours = RewardScorer(model).rows(tree)
     if not ours.isfinite().all():
         raise InputError("the consolidated model's scores are not finite; check the experts")
     export_reward_model(model, tokenizer, out)
-    theirs = plain_scores(out, ids, mask, dtype=dtype)
+    theirs = plain_scores(out, *pad_tree(tree, int(tokenizer.pad_token_id)), dtype=dtype)
     found = float((ours - theirs).abs().max())
     if dtype == "float32" and not found <= TOLERANCE * max(1.0, float(ours.abs().max())):
         raise RunError(

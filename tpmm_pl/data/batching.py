@@ -1,4 +1,4 @@
-"""Pairs in batches: padding, the order of a round, resuming in the middle of it."""
+"""Pairs in batches: packed within a token budget, in the order of a round, resumable inside it."""
 
 from __future__ import annotations
 
@@ -9,32 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from tpmm_pl.data.table import longest_rows
+from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pair_rows
+from tpmm_pl.data.table import as_table
 from tpmm_pl.rounds import run_seed
-from tpmm_pl.types import IGNORE_INDEX, InputError, Pair, PairBatch, PairLogps
+from tpmm_pl.types import InputError, Pair, PairBatch, PairLogps
 
 
-def collate(pairs: Sequence[Pair], pad_id: int) -> PairBatch:
-    """Pad pairs to the longest of their sequences, chosen rows first.
+def collate(pairs: Sequence[Pair]) -> PairBatch:
+    """Pack pairs into one token tree.
 
     Args:
         pairs: ``B`` pairs, at least one.
-        pad_id: Token id written on padding; masked, so its value changes nothing.
-
-    Returns:
-        ``N = 2 B`` right-padded rows; labels are the completions' own tokens.
     """
     pairs = list(pairs)  # once: a table makes its pairs when they are asked for
-    rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    rows += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-    input_ids, attention_mask, labels = pad_rows(rows, pad_id)
     return PairBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
+        tree=pack_rows(pair_rows(pairs)),
         weight=_floats([pair.weight for pair in pairs]),
         reference=PairLogps(
             chosen=_floats([pair.ref_chosen_logps for pair in pairs]),
@@ -44,40 +37,56 @@ def collate(pairs: Sequence[Pair], pad_id: int) -> PairBatch:
     )
 
 
-def pad_rows(
-    rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad rows of (prompt, completion) on the right to the longest of them.
-
-    Returns:
-        Token ids, attention mask and labels, each ``(N, T)`` int64; only completions are labelled.
-    """
-    length = max(len(prompt) + len(completion) for prompt, completion in rows)
-    shape = (len(rows), length)
-    ids, mask = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORE_INDEX)
-    for row, (prompt, completion) in enumerate(rows):
-        begin, end = len(prompt), len(prompt) + len(completion)
-        ids[row, :end] = prompt + completion
-        mask[row, :end] = 1
-        labels[row, begin:end] = completion
-    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
-
-
-def length_sorted_batches(pairs: Sequence[Pair], batch_size: int) -> list[list[int]]:
-    """Cut pairs, longest first, into batches of near equal length for passes without gradient.
-
-    Longest first, so that a batch that does not fit in memory fails at once.
+def micro_batches(pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[PairBatch]:
+    """Pack the pairs of an optimizer step into batches that go through the model one by one.
 
     Args:
-        pairs: What to score.
-        batch_size: Pairs a batch; the last one may be smaller.
+        pairs: All of them are used, once.
+        token_budget: Largest number of tokens of a batch; a longer pair is a batch of its own.
 
     Returns:
-        Indices into ``pairs``; every index occurs once.
+        At least one batch; pairs of one prompt stand together.
     """
-    order = np.argsort(-longest_rows(pairs), kind="stable").tolist()
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    pairs = list(pairs)
+    lengths = [(len(p.prompt_ids), len(p.chosen_ids) + len(p.rejected_ids)) for p in pairs]
+    cut = cut_by_tokens([pair.prompt_ids for pair in pairs], np.array(lengths), token_budget)
+    return [collate([pairs[index] for index in part]) for part in cut]
+
+
+def cut_by_tokens(
+    prompts: Sequence[Any], lengths: NDArray[np.int64], token_budget: int
+) -> list[list[int]]:
+    """Cut items into batches of at most so many tokens, those of one prompt together.
+
+    Args:
+        prompts: What names the prompt of each item.
+        lengths: Tokens of each item's prompt, and of all that follows it, ``(M, 2)``.
+        token_budget: Of a batch; an item that is longer is alone.
+
+    Returns:
+        Indices of the items; every one occurs once.
+    """
+    first = {prompt: index for index, prompt in reversed(list(enumerate(prompts)))}
+    batches: list[list[int]] = []
+    tokens = token_budget
+    for index in sorted(range(len(prompts)), key=lambda index: first[prompts[index]]):
+        known = bool(batches) and prompts[batches[-1][-1]] == prompts[index]
+        of_prompt, behind = lengths[index].tolist()
+        added = behind + (0 if known else of_prompt)
+        if tokens + added > token_budget:
+            batches.append([])
+            tokens, added = 0, of_prompt + behind
+        batches[-1].append(index)
+        tokens += added
+    return batches
+
+
+def pair_batches(pairs: Sequence[Pair], token_budget: int) -> list[list[int]]:
+    """Cut all pairs for a pass without gradients; see :func:`cut_by_tokens`."""
+    table = as_table(pairs)
+    prompt, chosen, rejected = table.lengths().values()
+    lengths = np.stack([prompt, chosen + rejected], axis=1)
+    return cut_by_tokens(table.column("prompt_id").tolist(), lengths, token_budget)
 
 
 def fuse_loader(
@@ -85,8 +94,8 @@ def fuse_loader(
     *,
     batch_size: int,
     steps: int,
-    pad_id: int,
     generator: torch.Generator,
+    token_budget: int = TOKEN_BUDGET,
 ) -> DataLoader[Pair]:
     """Return a loader of ``steps`` batches over held-out pairs, reshuffled when used up.
 
@@ -94,8 +103,8 @@ def fuse_loader(
         pairs: All held-out pairs, at least one.
         batch_size: Pairs a batch; at most all of them.
         steps: Length of the loader.
-        pad_id: Token id written on padding.
         generator: Drives the order.
+        token_budget: As for :func:`micro_batches`, which make up a step.
     """
     size = min(batch_size, len(pairs))
     order: list[int] = []
@@ -104,7 +113,7 @@ def fuse_loader(
     return DataLoader(
         pairs,  # type: ignore[arg-type]  # a sequence is a map-style dataset
         batch_sampler=[order[step * size : (step + 1) * size] for step in range(steps)],
-        collate_fn=partial(collate, pad_id=pad_id),
+        collate_fn=partial(micro_batches, token_budget=token_budget),
         # every iteration draws a number; not from the global generator, whose state it is not
         generator=generator,
     )
@@ -113,8 +122,9 @@ def fuse_loader(
 class PairLoader(DataLoader[Pair]):
     """Batches of one round's epoch, in an order that depends on ``(seed, epoch)`` only.
 
-    Every rank takes its slice of each global batch of ``batch_size * world_size`` pairs, so the
-    ranks together see what one process with the global batch would. What does not fill a global
+    A batch is a list of packed micro-batches, together one optimizer step. The ranks share each
+    global batch of ``batch_size * world_size`` pairs, as many pairs and about as many tokens each,
+    so together they see what one process with the global batch would. What does not fill a global
     batch is left out; fewer pairs than that make one smaller batch.
 
     ``state_dict`` holds how many batches were handed out. A Trainer saves and loads it, and on a
@@ -124,12 +134,12 @@ class PairLoader(DataLoader[Pair]):
     Args:
         pairs: The round's pairs.
         batch_size: Pairs a batch and rank.
-        pad_id: Token id written on padding.
         seed: Seed of the order.
         epoch: Which epoch's order; make a new loader for another one.
         rank: This process.
         world_size: Number of processes.
         shuffle: Whether to shuffle; otherwise the pairs keep their order.
+        token_budget: As for :func:`micro_batches`.
 
     Raises:
         InputError: If there are fewer pairs than processes.
@@ -140,12 +150,12 @@ class PairLoader(DataLoader[Pair]):
         pairs: Sequence[Pair],
         *,
         batch_size: int,
-        pad_id: int,
         seed: int,
         epoch: int,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
+        token_budget: int = TOKEN_BUDGET,
     ) -> None:
         if len(pairs) < world_size:
             raise InputError(
@@ -155,7 +165,11 @@ class PairLoader(DataLoader[Pair]):
         generator = _generator(seed, epoch)
         count = len(pairs)
         order = torch.randperm(count, generator=generator).tolist() if shuffle else [*range(count)]
-        self._batches = _Batches(_cut(order, batch_size, rank, world_size))
+        steps = _cut(order, batch_size, world_size)
+        if world_size > 1:
+            prompt, chosen, rejected = as_table(pairs).lengths().values()
+            steps = [_share(step, prompt + chosen + rejected, rank, world_size) for step in steps]
+        self._batches = _Batches(steps)
         self._identity = {
             "pairs": count,
             "batch_size": batch_size,
@@ -166,7 +180,7 @@ class PairLoader(DataLoader[Pair]):
         super().__init__(
             pairs,  # type: ignore[arg-type]  # a sequence is a map-style dataset
             batch_sampler=self._batches,
-            collate_fn=partial(collate, pad_id=pad_id),
+            collate_fn=partial(micro_batches, token_budget=token_budget),
             # every iteration draws a number; not from the global generator, whose state it is not
             generator=generator,
         )
@@ -191,7 +205,7 @@ class PairLoader(DataLoader[Pair]):
 
 
 def epoch_loader(
-    pairs: Sequence[Pair], trainer: Any, *, batch_size: int, pad_id: int
+    pairs: Sequence[Pair], trainer: Any, *, batch_size: int, token_budget: int
 ) -> PairLoader:
     """Return the loader of a trainer's current epoch, for this process.
 
@@ -199,12 +213,12 @@ def epoch_loader(
         pairs: What is trained on.
         trainer: Knows the epoch and the processes.
         batch_size: Pairs a batch and rank.
-        pad_id: Token id written on padding.
+        token_budget: As for :func:`micro_batches`.
     """
     return PairLoader(
         pairs,
         batch_size=batch_size,
-        pad_id=pad_id,
+        token_budget=token_budget,
         seed=run_seed(),
         epoch=trainer.current_epoch,
         rank=trainer.global_rank,
@@ -237,11 +251,17 @@ class _Batches(Sampler[list[int]]):
         self._start = self.yielded = count if count < len(self.batches) else 0
 
 
-def _cut(order: list[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    size = min(batch_size, len(order) // world_size)
+def _cut(order: list[int], batch_size: int, world_size: int) -> list[list[int]]:
+    size = min(batch_size, len(order) // world_size) * world_size
     count = max(len(order) // (batch_size * world_size), 1)
-    starts = [(batch * world_size + rank) * size for batch in range(count)]
-    return [order[start : start + size] for start in starts]
+    return [order[batch * size : (batch + 1) * size] for batch in range(count)]
+
+
+def _share(step: list[int], tokens: NDArray[np.int64], rank: int, world_size: int) -> list[int]:
+    # dealt out from the longest, there and back, so that no rank waits long for another
+    longest = sorted(step, key=lambda index: -int(tokens[index]))
+    hands = [longest[start : start + world_size] for start in range(0, len(step), world_size)]
+    return [hand[rank if turn % 2 == 0 else -1 - rank] for turn, hand in enumerate(hands)]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

@@ -125,11 +125,11 @@ def cached(folder: Path, make: Callable[[Path], SourceCounts]) -> tuple[PairTabl
         return _opened(folder)
 
 
-def write_tables(path: Path, tables: Iterable[Any]) -> None:
-    """Write Arrow tables with the columns ``CACHED`` one after the other as one IPC file."""
+def write_tables(path: Path, tables: Iterable[PairTable]) -> None:
+    """Write tables of pairs one after the other as one IPC file with the columns ``CACHED``."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, CACHED) as writer:
         for table in tables:
-            writer.write_table(table)
+            writer.write_table(table.arrow())
 
 
 def read_table(path: Path) -> PairTable:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tpmm_pl.data.batching import epoch_loader, fuse_loader
 from tpmm_pl.data.cache import CACHE_DIR, Encoding
 from tpmm_pl.data.notices import say
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.pairs import read_fuse_pool, read_pairs
 from tpmm_pl.data.parts import Parts, TableRounds, describe_parts, ordered, split_parts, with_noise
 from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_below, write_report
@@ -35,12 +36,15 @@ class RunData(LightningDataModule):
 
     Args:
         batch_size: Pairs an optimizer step and device.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, token_budget: int = TOKEN_BUDGET) -> None:
         super().__init__()
-        refuse_below(1, batch_size=batch_size)
+        refuse_below(1, batch_size=batch_size, token_budget=token_budget)
         self.batch_size = batch_size
+        self.token_budget = token_budget
         self.tokenizer: Any = None
 
     def prepare_data(self) -> None:
@@ -68,7 +72,7 @@ class RunData(LightningDataModule):
             read_pairs(store.path(pairs)),
             trainer,
             batch_size=self.batch_size,
-            pad_id=self.tokenizer.pad_token_id,
+            token_budget=self.token_budget,
         )
 
     def eval_prompts(self) -> Mapping[str, list[Prompt]]:
@@ -111,6 +115,8 @@ class PreferenceData(RunData):
             otherwise a part of ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
         pairs_per_round: Pairs of a round, or ``all`` for all of them every round; by default all
             pairs over the rounds. A streaming source needs a number.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
@@ -133,6 +139,7 @@ class PreferenceData(RunData):
         evaluation: dict[str, Data] | None = None,
         eval_fraction: float = 0.05,
         batch_size: int = 8,
+        token_budget: int = TOKEN_BUDGET,
         pairs_per_round: int | Literal["all"] | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
@@ -142,7 +149,7 @@ class PreferenceData(RunData):
         noise: LabelNoise | None = None,
         cache_dir: Path = CACHE_DIR,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, token_budget)
         refuse_below(0, max_eval_pairs=max_eval_pairs)
         if isinstance(pairs_per_round, int):
             refuse_below(1, pairs_per_round=pairs_per_round)
@@ -295,6 +302,6 @@ class FusionData(RunData):
             read_fuse_pool(store, store.rounds[-1].round),
             batch_size=settings.batch_size,
             steps=settings.steps,
-            pad_id=self.tokenizer.pad_token_id,
+            token_budget=self.token_budget,
             generator=torch.Generator().manual_seed(run_seed()),
         )

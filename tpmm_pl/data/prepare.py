@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +17,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.cache import (
-    CACHED,
     Encoding,
     cache_key,
     cached,
@@ -30,9 +28,8 @@ from tpmm_pl.data.rows.formats import RawPair, preferences
 from tpmm_pl.data.rows.mixture import mixed
 from tpmm_pl.data.rows.report import DataReport, SourceCounts
 from tpmm_pl.data.rows.sources import DataSource, fingerprint
-from tpmm_pl.data.table import MESSAGES, PairTable, arrow, join
+from tpmm_pl.data.table import PairTable, join
 from tpmm_pl.data.tokens.chat import tokenize_pairs
-from tpmm_pl.data.tokens.templates import prompt_text
 from tpmm_pl.types import InputError
 
 Row = TypeVar("Row")
@@ -114,14 +111,12 @@ class Preparation:
             parts: dict[str, list[RawPair]] = {}
             for label, row in chunk:
                 parts.setdefault(label, []).append(row)
-            found = (self._tokenized(some, label, report) for label, some in parts.items())
-            yield join(*map(PairTable.of, found))
+            yield join(*(self._tokenized(some, label, report) for label, some in parts.items()))
 
     def _table(self, source: DataSource) -> PairTable:
         if self.cache_dir is None:
             report = DataReport(self.report.max_bad_rows)
-            whole = pa.concat_tables([CACHED.empty_table(), *self._chunks_of(source, report)])
-            table, counts = PairTable.of(whole), _counts(report, source)
+            table, counts = join(*self._chunks_of(source, report)), _counts(report, source)
         else:
             key = cache_key(fingerprint(source), self._tokenizer, self.encoding)
             table, counts = cached(self.cache_dir / key, partial(self._write, source))
@@ -135,7 +130,7 @@ class Preparation:
         write_tables(path, self._chunks_of(source, report))
         return _counts(report, source)
 
-    def _chunks_of(self, source: DataSource, report: DataReport) -> Iterator[Any]:
+    def _chunks_of(self, source: DataSource, report: DataReport) -> Iterator[PairTable]:
         progress = tqdm(
             total=_expected(source),
             desc=f"tokenising {source.label}",
@@ -147,27 +142,18 @@ class Preparation:
                 yield self._tokenized(rows, source.label, report)
                 progress.update(len(rows))
 
-    def _tokenized(self, rows: Sequence[RawPair], label: str, report: DataReport) -> Any:
-        make = partial(self._columns, label=label, report=report)
-        found = sound_parts(rows, make, partial(report.bad, source=label))
-        return pa.concat_tables([CACHED.empty_table(), *found])
+    def _tokenized(self, rows: Sequence[RawPair], label: str, report: DataReport) -> PairTable:
+        make = partial(self._table_of, label=label, report=report)
+        return join(*sound_parts(rows, make, partial(report.bad, source=label)))
 
-    def _columns(self, rows: Sequence[RawPair], label: str, report: DataReport) -> Any:
+    def _table_of(self, rows: Sequence[RawPair], label: str, report: DataReport) -> PairTable:
         pairs, counts = tokenize_pairs(rows, self.tokenizer, **asdict(self.encoding))
         for reason, count in counts.items():
             if reason.startswith("dropped: "):
                 report.drop(label, reason.removeprefix("dropped: "), count)
             else:
                 report.cut(label, reason, count)
-        # a judge applies a template of its own to the turns; rewards are learned without one
-        asked = () if self.encoding.whole_turns else rows
-        turns = {
-            prompt_text(row, self.tokenizer): json.dumps(row.prompt, ensure_ascii=False)
-            for row in asked
-            if not isinstance(row.prompt, str)
-        }
-        messages = pa.array([turns.get(pair.prompt) for pair in pairs], type=MESSAGES.type)
-        return arrow(pairs).append_column(MESSAGES, messages)
+        return pairs
 
 
 def sound_parts(

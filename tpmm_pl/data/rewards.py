@@ -11,9 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tpmm_pl.data.batching import collate, epoch_loader
+from tpmm_pl.data.batching import epoch_loader, micro_batches
 from tpmm_pl.data.cache import CACHE_DIR, Encoding
 from tpmm_pl.data.notices import say
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.parts import TableRounds, describe_parts, hold_out, refuse_leak, with_noise
 from tpmm_pl.data.prepare import Data, Preparation, announce, refuse_below, refuse_setting
 from tpmm_pl.data.rows.sources import as_sources
@@ -32,18 +33,21 @@ class RewardPairs(LightningDataModule):
 
     Args:
         batch_size: Pairs an optimizer step and device.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
 
     Raises:
-        InputError: If ``batch_size`` is less than 1.
+        InputError: If a number is less than 1.
     """
 
     train_pairs: Sequence[Pair]
     eval_pairs: Mapping[str, Sequence[Pair]]
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, token_budget: int = TOKEN_BUDGET) -> None:
         super().__init__()
-        refuse_below(1, batch_size=batch_size)
+        refuse_below(1, batch_size=batch_size, token_budget=token_budget)
         self.batch_size = batch_size
+        self.token_budget = token_budget
         self.tokenizer: Any = None
 
     @property
@@ -65,12 +69,12 @@ class RewardPairs(LightningDataModule):
             self.train_pairs,
             self._trainer,
             batch_size=self.batch_size,
-            pad_id=self.tokenizer.pad_token_id,
+            token_budget=self.token_budget,
         )
 
     def val_dataloader(self) -> list[DataLoader[Pair]]:
         """Return the held-out pairs in order, one loader a domain."""
-        return evaluation_loaders(self.eval_pairs, pad_id=self.tokenizer.pad_token_id)
+        return evaluation_loaders(self.eval_pairs, token_budget=self.token_budget)
 
     @property
     def _trainer(self) -> Any:
@@ -94,6 +98,8 @@ class RewardData(RewardPairs):
             otherwise a part of ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
         max_prompt_length: Tokens of the prompt; half of ``max_length`` by default, so that room
             for completions is left.
@@ -110,6 +116,7 @@ class RewardData(RewardPairs):
         evaluation: dict[str, Data] | None = None,
         eval_fraction: float = 0.05,
         batch_size: int = 8,
+        token_budget: int = TOKEN_BUDGET,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: str = "keep_end",
@@ -118,7 +125,7 @@ class RewardData(RewardPairs):
         noise: LabelNoise | None = None,
         cache_dir: Path = CACHE_DIR,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, token_budget)
         refuse_below(0, max_eval_pairs=max_eval_pairs)
         self.train = as_sources(train)
         self.evaluation = {d: as_sources(data) for d, data in (evaluation or {}).items()}
@@ -165,20 +172,20 @@ class RewardData(RewardPairs):
 
 
 def evaluation_loaders(
-    pairs: Mapping[str, Sequence[Pair]], *, pad_id: int, batch_size: int = 32
+    pairs: Mapping[str, Sequence[Pair]], *, token_budget: int = TOKEN_BUDGET, batch_size: int = 32
 ) -> list[DataLoader[Pair]]:
     """Return one loader a domain, its pairs in their order, the last batch smaller.
 
     Args:
         pairs: By domain.
-        pad_id: Token id written on padding.
+        token_budget: Tokens of a micro-batch.
         batch_size: Pairs a batch.
     """
     return [
         DataLoader(
             of_domain,  # type: ignore[arg-type]  # a sequence is a map-style dataset
             batch_size=batch_size,
-            collate_fn=partial(collate, pad_id=pad_id),
+            collate_fn=partial(micro_batches, token_budget=token_budget),
         )
         for of_domain in pairs.values()
     ]

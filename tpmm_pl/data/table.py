@@ -41,7 +41,8 @@ SCHEMA = pa.schema(
 MESSAGES = pa.field("messages", pa.string())
 """The conversation behind a prompt as JSON, null for a plain text; not of a pair."""
 
-_LARGE, _NUMBERS = SCHEMA.names[:7], SCHEMA.names[7:]
+_TEXTS, _IDS, _NUMBERS = SCHEMA.names[:4], SCHEMA.names[4:7], SCHEMA.names[7:]
+_LARGE = _TEXTS + _IDS
 _SWAPPED = {"chosen": "rejected", "chosen_ids": "rejected_ids"}
 _SWAPPED |= {rejected: chosen for chosen, rejected in _SWAPPED.items()}
 
@@ -95,8 +96,11 @@ class PairTable(Sequence[Pair]):
             return self.select(np.arange(len(self))[index])
         row, swapped = int(self.rows[index]), bool(self.swapped[index])
         names = {name: _SWAPPED.get(name, name) if swapped else name for name in _LARGE}
-        large = {name: _value(self.columns.column(names[name])[row]) for name in _LARGE}
-        return Pair(**large, **{name: self.numbers[name][index].item() for name in _NUMBERS})
+        cells = {name: self.columns.column(column)[row] for name, column in names.items()}
+        values: dict[str, Any] = {name: cells[name].as_py() for name in _TEXTS}
+        # by way of numpy: as_py makes a scalar of every token
+        values |= {name: tuple(cells[name].values.to_numpy().tolist()) for name in _IDS}
+        return Pair(**values, **{name: self.numbers[name][index].item() for name in _NUMBERS})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -147,6 +151,21 @@ class PairTable(Sequence[Pair]):
             "rejected_ids": np.where(self.swapped, left, right),
         }
 
+    def arrow(self) -> Any:
+        """Return the pairs as an Arrow table with the columns of ``SCHEMA`` and ``messages``."""
+        arrays = [
+            pa.array(self.numbers[field.name], type=field.type)
+            if field.name in self.numbers
+            else self._taken(field.name)
+            for field in (*SCHEMA, MESSAGES)
+        ]
+        return pa.Table.from_arrays(arrays, schema=SCHEMA.append(MESSAGES))
+
+    def _taken(self, name: str) -> Any:
+        own, other = (self.columns.column(one).chunks for one in (name, _SWAPPED.get(name, name)))
+        both = pa.chunked_array([*own, *other], type=self.columns.column(name).type)
+        return both.take(self.rows + len(self.columns) * self.swapped)
+
     def prompts(self) -> list[Prompt]:
         """Return the distinct prompts in the order of the pairs."""
         _, first = np.unique(self.column("prompt_id"), return_index=True)
@@ -159,13 +178,23 @@ class PairTable(Sequence[Pair]):
         return Prompt(pair.prompt_id, pair.prompt, pair.prompt_ids, turns)
 
 
-def as_table(pairs: Sequence[Pair]) -> PairTable:
-    """Return pairs as a table; a table as it is."""
-    return pairs if isinstance(pairs, PairTable) else PairTable.of(arrow(pairs))
+def as_table(pairs: Sequence[Pair], turns: Mapping[str, str] | None = None) -> PairTable:
+    """Return pairs as a table; a table as it is.
+
+    Args:
+        pairs: What the table is to hold.
+        turns: The conversations behind prompts, as JSON by the prompt's text.
+    """
+    if isinstance(pairs, PairTable):
+        return pairs
+    messages = [(turns or {}).get(pair.prompt) for pair in pairs]
+    return PairTable.of(arrow(pairs).append_column(MESSAGES, pa.array(messages, MESSAGES.type)))
 
 
 def arrow(pairs: Sequence[Pair]) -> Any:
     """Return pairs as an Arrow table with the columns of ``SCHEMA``; every value bit for bit."""
+    if isinstance(pairs, PairTable):
+        return pairs.arrow().select(SCHEMA.names)
     known = list(pairs)
     arrays = [pa.array([getattr(pair, f.name) for pair in known], type=f.type) for f in SCHEMA]
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
@@ -203,8 +232,3 @@ def longest_rows(pairs: Sequence[Pair]) -> NDArray[np.int64]:
         return np.array(longest, dtype=np.int64)
     lengths = pairs.lengths()
     return lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-
-
-def _value(scalar: Any) -> Any:
-    # by way of numpy: as_py makes a scalar of every token
-    return tuple(scalar.values.to_numpy().tolist()) if scalar.type == _TOKENS else scalar.as_py()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tpmm_pl.data.batching import cut_by_tokens
+from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pad_tree
 from tpmm_pl.files import write_text
 from tpmm_pl.models.adapters import LoraSettings, with_adapters
 from tpmm_pl.models.card import CARD
@@ -19,19 +23,19 @@ from tpmm_pl.models.export import export_model
 from tpmm_pl.models.load import PretrainedPolicy, load_reward_model, switch_off_dropout
 from tpmm_pl.models.moe_checkpoint import save_moe
 from tpmm_pl.models.padding import separate_padding, use_padding
-from tpmm_pl.models.scoring import length_groups
+from tpmm_pl.models.tree_pass import TreePass, evaluating, on_device, unwrapped
 from tpmm_pl.moe.convert import moe_layers, upcycle
 from tpmm_pl.moe.routing import MoESettings
-from tpmm_pl.types import InputError, PairBatch, Rewards
+from tpmm_pl.types import InputError, PairBatch, Rewards, TokenTree
 
 
 class RewardScorer:
-    """Scores padded rows; a decoder's head is applied to the last attended token only.
+    """Scores the rows of token trees; a decoder's head is applied to their last tokens only.
 
-    Which token is the last says the attention mask, not the padding token, so a row that ends in
-    the end-of-sequence token scores the same whether that token pads or not. Backbone and head
-    are taken apart where that computes what the model's own forward does; encoders, which look at
-    padding and pool in their own way, go through their own forward.
+    Which token is the last says the tree, not the padding token, so a row that ends in the
+    end-of-sequence token scores the same whether that token pads or not. Backbone and head are
+    taken apart where that computes what the model's own forward does; encoders, which look at
+    padding and pool in their own way, go through their own forward in padded rows.
 
     Args:
         model: A Hugging Face model for sequence classification with one output, or a
@@ -41,41 +45,65 @@ class RewardScorer:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._parts = _backbone_and_head(model)
+        self._pass = None if self._parts is None else TreePass(model, self._parts[0])
         # what a router records is of one forward: all rows at once
         self._whole = bool(moe_layers(model))
 
+    @property
+    def packs(self) -> bool:
+        """Whether every token of a tree goes through the model once, in the tree's order."""
+        return self._pass is not None and self._pass.packs
+
     def __call__(self, batch: PairBatch) -> Rewards:
         """Return the scores of each pair's completions, ``(B,)``."""
-        chosen, rejected = self.rows(batch.input_ids, batch.attention_mask).chunk(2)
-        return Rewards(chosen, rejected)
+        return Rewards(*self.rows(batch.tree).chunk(2))
 
-    def rows(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the score of each row, ``(N,)`` float32.
-
-        Args:
-            input_ids: ``(N, T)`` int64.
-            attention_mask: ``(N, T)``, 1 on tokens; the padding is on the right.
-        """
-        if self._whole:
-            return self._group(input_ids, attention_mask)
-        groups = length_groups(attention_mask)
-        scores = [
-            self._group(input_ids[rows, :width], attention_mask[rows, :width])
-            for rows, width in groups
-        ]
-        order = torch.cat([rows for rows, _ in groups])
-        return torch.cat(scores)[order.argsort()]
-
-    def _group(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self._parts is None:
-            scores = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+    def rows(self, tree: TokenTree) -> Tensor:
+        """Return the score of each row, ``(N,)`` float32."""
+        if self._parts is None or self._pass is None:
+            ids, mask = pad_tree(tree, _padding(self.model) or 0)
+            scores = self.model(input_ids=ids, attention_mask=mask).logits
+            return cast(Tensor, scores).squeeze(-1).float()
+        if self._pass.packs:
+            last = self._pass.packed(tree)[tree.leaves]
         else:
-            backbone, head = self._parts
-            # no mask: padding is on the right, where a causal model does not look
-            hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-            last = attention_mask.sum(-1) - 1
-            scores = head(hidden[torch.arange(len(hidden), device=hidden.device), last])
-        return cast(Tensor, scores).squeeze(-1).float()
+            rows = torch.arange(len(tree.leaves), device=tree.leaves.device)
+            last = self._pass.padded(tree, rows, tree.leaves, whole=self._whole)
+        return cast(Tensor, self._parts[1](last)).squeeze(-1).float()
+
+    def seen(self, tree: TokenTree) -> Tensor:
+        """Return of how many rows each token is that goes through the model, padding of none.
+
+        Returns:
+            ``(1, T)`` int64 where the tree is packed, else ``(N, T)``.
+        """
+        return tree.multiplicity()[None] if self.packs else pad_tree(tree)[1]
+
+
+@torch.no_grad()
+def score_rows(
+    scorer: RewardScorer, rows: Sequence[tuple[int, ...]], *, token_budget: int = TOKEN_BUDGET
+) -> Tensor:
+    """Score rows of tokens without gradients; what they begin with alike is computed once.
+
+    Args:
+        scorer: Its model's mode is left as it is.
+        rows: M of them, none empty.
+        token_budget: Tokens of a batch.
+
+    Returns:
+        ``(M,)`` float32 on the CPU.
+    """
+    device = next(scorer.model.parameters()).device
+    scores = torch.empty(len(rows))
+    # sorted, rows that begin alike are neighbours
+    order = sorted(range(len(rows)), key=lambda row: rows[row])
+    lengths = np.array([(0, len(rows[row])) for row in order])
+    for part in cut_by_tokens(range(len(rows)), lengths, token_budget):
+        chosen = [order[place] for place in part]
+        tree = on_device(pack_rows([((), rows[row]) for row in chosen]), device)
+        scores[chosen] = scorer.rows(tree).cpu()
+    return scores
 
 
 class PretrainedReward:
@@ -233,8 +261,7 @@ def _heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    get_base = getattr(model, "get_base_model", None)
-    inner: Any = model if get_base is None else get_base()
+    inner: Any = unwrapped(model)
     backbone, heads = getattr(inner, "base_model", None), list(_heads(inner).values())
     # a head that peft trains is wrapped
     linear = getattr(heads[0], "original_module", heads[0]) if len(heads) == 1 else None
@@ -242,13 +269,10 @@ def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         return None
     tokens = _probe(inner)
     other = torch.cat([tokens[:, :4], tokens[:, :4]], dim=1)
-    training = model.training
-    with torch.no_grad():
-        model.eval()
+    with torch.no_grad(), evaluating(model):
         whole = inner(input_ids=tokens).logits
         hidden, changed = (backbone(input_ids=ids).last_hidden_state for ids in (tokens, other))
         parts = heads[0](hidden)[:, -1]
-        model.train(training)
     tolerance = torch.finfo(hidden.dtype).eps ** 0.5
     causal = (hidden - changed)[:, :4].norm() <= tolerance * hidden[:, :4].norm()
     return (backbone, heads[0]) if torch.equal(whole, parts) and bool(causal) else None
@@ -258,5 +282,11 @@ def _probe(model: Any) -> Tensor:
     # (1, 8), without the padding token, which the model's own pooling skips
     embedding: Tensor = model.get_input_embeddings().weight
     tokens = torch.arange(8, device=embedding.device)[None] % (embedding.shape[0] - 1)
-    padding: int | None = model.config.get_text_config().pad_token_id
+    padding = _padding(model)
     return tokens if padding is None else tokens + (tokens >= padding)
+
+
+def _padding(model: nn.Module) -> int | None:
+    config: Any = model.config
+    padding: int | None = config.get_text_config().pad_token_id
+    return padding

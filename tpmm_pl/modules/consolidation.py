@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
 from tpmm_pl.models.source import PolicySource
+from tpmm_pl.models.tree_pass import on_device
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
 from tpmm_pl.modules.pair_validation import PairValidation
 from tpmm_pl.moe.convert import (
@@ -111,8 +113,8 @@ class ExpertFusion(PairValidation, FusionWeights):
         model.to(self.trainer.strategy.root_device)
         gates = None
         if self.start == "routing":
-            batches: Iterable[PairBatch] = self.trainer.datamodule.train_dataloader()
-            gates = mean_gates(model, batches)
+            steps: Iterable[list[PairBatch]] = self.trainer.datamodule.train_dataloader()
+            gates = mean_gates(model, chain.from_iterable(steps))
         self.bind_experts(model.eval(), gates)
 
     def on_validation_start(self) -> None:
@@ -153,11 +155,12 @@ def mean_gates(model: nn.Module, batches: Iterable[PairBatch]) -> Tensor:
     model.eval()
     total: Tensor | None = None
     for batch in batches:
-        mask = batch.attention_mask.to(device)
-        with recorded_routing(model, mask) as routings:
-            scorer.rows(batch.input_ids.to(device), mask)
+        tree = on_device(batch.tree, device)
+        seen = scorer.seen(tree)
+        with recorded_routing(model, seen) as routings:
+            scorer.rows(tree)
         gates = torch.stack([r.weight[settings.shared :].double() for r in routings.values()])
-        total = int(mask.sum()) * gates + (0 if total is None else total)
+        total = int(seen.sum()) * gates + (0 if total is None else total)
     model.train(training)
     if total is None:
         raise InputError("there are no pairs to measure the gates on; give more")

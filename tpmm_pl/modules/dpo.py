@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import cos, pi
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from tpmm_pl.data.tokens.chat import check_vocabulary
 from tpmm_pl.losses import log_ratios, per_token, preference_loss
 from tpmm_pl.models.scoring import PairScorer, pair_tokens
 from tpmm_pl.models.source import PolicySource
+from tpmm_pl.modules.packed_steps import PackedSteps
 from tpmm_pl.registry import lookup
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
@@ -28,7 +29,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Factors on the learning rate by the share of a round that is left after the warm-up."""
 
 
-class DPOModule(LightningModule):
+class DPOModule(PackedSteps, LightningModule):
     """Direct preference optimisation of a policy, round after round in one fit.
 
     The reference is no second model: its log-probabilities come with the pairs, computed once a
@@ -49,6 +50,8 @@ class DPOModule(LightningModule):
         discopop_tau: Temperature of ``discopop``; 0.05 if not given.
         schedule: Of the learning rate within a round.
         warmup: Share of a round's steps over which the learning rate rises from 0.
+        gradient_clip_val: Largest norm of a step's gradient; ``None``: any. In place of the
+            Trainer's setting of that name, which knows no steps of several micro-batches.
 
     Raises:
         InputError: If a setting is unknown or out of range.
@@ -67,6 +70,7 @@ class DPOModule(LightningModule):
         discopop_tau: float | None = None,
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
+        gradient_clip_val: float | None = None,
     ) -> None:
         super().__init__()
         if rounds < 1 or epochs_per_round < 1:
@@ -90,6 +94,7 @@ class DPOModule(LightningModule):
         self.beta = beta
         self.schedule = schedule
         self.warmup = warmup
+        self.gradient_clip_val = gradient_clip_val
         self.reference: Recipe | None = None
         self.policy: nn.Module
 
@@ -124,19 +129,29 @@ class DPOModule(LightningModule):
                 f"loss {self.loss}: no reference, the rounds' pairs are not scored under one"
             )
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the weighted mean loss of a batch of pairs."""
-        logps, tokens = self._scorer(batch), pair_tokens(batch)
-        losses = self.loss.parts(logps, batch.reference, tokens)
-        means = {name: (values * batch.weight).mean() for name, values in losses.items()}
-        loss = self.loss.total(means)
-        parts = {f"loss/{name}": mean.detach() for name, mean in means.items()}
-        metrics = {"loss": loss.detach(), **(parts if len(parts) > 1 else {})}
-        metrics |= self._rewards(PairLogps(*(t.detach() for t in logps)), batch.reference, tokens)
-        self.log_dict(metrics, batch_size=len(batch.weight))
-        return loss
+    def training_step(self, batch: list[PairBatch], batch_idx: int) -> None:
+        """Take an optimizer step on the weighted mean loss of all pairs."""
+        parts: list[dict[str, Tensor]] = []
+        scored: list[PairLogps] = []
 
-    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        def loss_of(micro: PairBatch) -> Tensor:
+            logps = self._scorer(micro)
+            losses = self.loss.parts(logps, micro.reference, pair_tokens(micro))
+            weighted = {name: values * micro.weight for name, values in losses.items()}
+            parts.append({name: values.detach() for name, values in weighted.items()})
+            scored.append(PairLogps(*(values.detach() for values in logps)))
+            return self.loss.total({name: values.mean() for name, values in weighted.items()})
+
+        self.step(batch, loss_of)
+        means = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
+        named = {f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+        reference = _joined([micro.reference for micro in batch])
+        tokens = _joined([pair_tokens(micro) for micro in batch])
+        metrics = {"loss": self.loss.total(means), **named}
+        metrics |= self._rewards(_joined(scored), reference, tokens)
+        self.log_dict(metrics, batch_size=len(reference.chosen))
+
+    def on_train_batch_start(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Set the learning rate from the position within the round."""
         if self.schedule == "constant" and not self.warmup:
             return
@@ -168,6 +183,10 @@ class DPOModule(LightningModule):
             "logps/chosen": logps.chosen.mean(),
             "logps/rejected": logps.rejected.mean(),
         }
+
+
+def _joined(parts: Sequence[PairLogps]) -> PairLogps:
+    return PairLogps(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:

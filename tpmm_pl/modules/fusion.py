@@ -206,21 +206,25 @@ class FusionWeights(LightningModule):
         """Return the coefficients, ``(G, K)`` float32; every row sums to 1."""
         return self.constraint(self.weights)
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> None:
+    def training_step(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Update the coefficients on a batch of held-out pairs."""
         coefficients = self.coefficients()
         self.merge.write(coefficients)
+        pairs = sum(len(micro.weight) for micro in batch)
+        loss = torch.zeros((), device=batch[0].weight.device)
         with self.merge.gradient() as gradient:
-            losses = self.objective(self.scorer(batch), batch, self.settings.beta)
-            loss = (losses * batch.weight).mean()
-            self.manual_backward(loss)
+            for micro in batch:
+                losses = self.objective(self.scorer(micro), micro, self.settings.beta)
+                share = (losses * micro.weight).sum() / pairs
+                self.manual_backward(share)
+                loss += share.detach()
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         coefficients.backward(gradient.to(coefficients))
         optimizer.step()  # type: ignore[union-attr]
-        self.losses.append(float(loss.detach()))
+        self.losses.append(float(loss))
         self.path.append(self.coefficients().detach().clone())
-        self.log("fusion/loss", loss.detach(), batch_size=len(losses))
+        self.log("fusion/loss", loss, batch_size=pairs)
 
     def on_train_end(self) -> None:
         """Write what a fit of its own has learned to ``recipe.json`` in the run's folder."""

@@ -31,11 +31,14 @@ class PairValidation:
         device = next(self.reward.parameters()).device
         self._metrics = {name: pair_metrics(device) for name in self._domains()}
 
-    def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count a batch of held-out pairs of a domain."""
-        rewards = self._validated(batch)
-        refuse_not_finite(rewards, self.trainer.global_step)
-        update_pair_metrics(self._metrics[self._domains()[dataloader_idx]], rewards)
+    def validation_step(
+        self, batch: list[PairBatch], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Count held-out pairs of a domain."""
+        for micro in batch:
+            rewards = self._validated(micro)
+            refuse_not_finite(rewards, self.trainer.global_step)
+            update_pair_metrics(self._metrics[self._domains()[dataloader_idx]], rewards)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy, margin and calibration error of every domain."""
@@ -89,5 +92,5 @@ def refuse_not_finite(rewards: Rewards, step: int) -> None:
         )
     raise RunError(
         f"rewards at step {step} are not finite; lower the learning rate, or set "
-        "trainer.gradient_clip_val"
+        "model.gradient_clip_val"
     )

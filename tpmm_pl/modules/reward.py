@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -16,14 +17,15 @@ from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.modules.dpo import SCHEDULES, learning_rate_factor
+from tpmm_pl.modules.packed_steps import PackedSteps
 from tpmm_pl.modules.pair_validation import PairValidation, refuse_not_finite
-from tpmm_pl.moe.routing import Routing, balance_loss, recorded_routing
+from tpmm_pl.moe.routing import Routing, balance_loss, joined, recorded_routing
 from tpmm_pl.registry import lookup
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import InputError, PairBatch, Rewards
 
 
-class RewardModule(PairValidation, LightningModule):
+class RewardModule(PackedSteps, PairValidation, LightningModule):
     """A reward model, dense or a mixture of experts, under the Bradley-Terry loss.
 
     Args:
@@ -34,6 +36,8 @@ class RewardModule(PairValidation, LightningModule):
         balance: Coefficient of the experts' balance losses, summed over layers.
         schedule: Of the learning rate over the whole fit.
         warmup: Share of the fit's steps over which the learning rate rises from 0.
+        gradient_clip_val: Largest norm of a step's gradient; ``None``: any. In place of the
+            Trainer's setting of that name, which knows no steps of several micro-batches.
 
     Raises:
         InputError: If a setting is unknown or out of range.
@@ -48,6 +52,7 @@ class RewardModule(PairValidation, LightningModule):
         balance: float = 0.01,
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
+        gradient_clip_val: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 0.5:
@@ -64,6 +69,7 @@ class RewardModule(PairValidation, LightningModule):
         self.balance = balance
         self.schedule = schedule
         self.warmup = warmup
+        self.gradient_clip_val = gradient_clip_val
         self.routings: dict[str, Routing] = {}
         """What the routers did in the last training step, by layer; empty for a dense model."""
         self.reward: nn.Module
@@ -86,29 +92,44 @@ class RewardModule(PairValidation, LightningModule):
         """Take the model's backbone and head apart once."""
         self._scorer = RewardScorer(self.reward)
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Return the weighted mean loss of a batch of pairs, the experts' balance included."""
-        noise = generator_of(run_seed(), self.global_step, batch_idx, self.global_rank)
-        with recorded_routing(self.reward, batch.attention_mask, noise) as routings:
-            rewards = self._scorer(batch)
-        refuse_not_finite(rewards, self.global_step)
-        losses = bradley_terry_loss(
+    def training_step(self, batch: list[PairBatch], batch_idx: int) -> None:
+        """Take an optimizer step on the weighted mean loss, the experts' balance included."""
+        losses: list[Tensor] = []
+        scored: list[Rewards] = []
+        routed: list[dict[str, Routing]] = []
+
+        def loss_of(micro: PairBatch) -> Tensor:
+            numbers = run_seed(), self.global_step, batch_idx, self.global_rank, len(losses)
+            seen = self._scorer.seen(micro.tree)
+            with recorded_routing(self.reward, seen, generator_of(*numbers)) as routings:
+                rewards = self._scorer(micro)
+            refuse_not_finite(rewards, self.global_step)
+            loss = (self._losses(rewards, micro.margin) * micro.weight).mean()
+            if routings:
+                loss = loss + self.balance * total_balance_loss(routings)
+            losses.append(loss.detach() * len(micro.weight))
+            scored.append(Rewards(*(values.detach() for values in rewards)))
+            routed.append({name: Routing(*map(_detached, r)) for name, r in routings.items()})
+            return loss
+
+        self.step(batch, loss_of)
+        self.routings = {name: joined([r[name] for r in routed]) for name in routed[0]}
+        rewards = Rewards(*map(torch.cat, zip(*scored, strict=True)))
+        pairs = len(rewards.chosen)
+        metrics = {"loss": torch.stack(losses).sum() / pairs, **reward_metrics(rewards)}
+        if self.routings:
+            metrics["balance_loss"] = total_balance_loss(self.routings)
+        self.log_dict(metrics, batch_size=pairs)
+
+    def _losses(self, rewards: Rewards, margin: Tensor) -> Tensor:
+        return bradley_terry_loss(
             *rewards,
-            margin=batch.margin,
+            margin=margin,
             label_smoothing=self.label_smoothing,
             centring=self.centring,
         )
-        loss = (losses * batch.weight).mean()
-        metrics = reward_metrics(rewards)
-        if routings:
-            unbalance = torch.stack([balance_loss(r) for r in routings.values()]).sum()
-            loss = loss + self.balance * unbalance
-            metrics["balance_loss"] = unbalance.detach()
-        self.routings = {name: Routing(*map(_detached, r)) for name, r in routings.items()}
-        self.log_dict({"loss": loss.detach(), **metrics}, batch_size=len(losses))
-        return loss
 
-    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Set the learning rate from the position within the fit."""
         if self.schedule == "constant" and not self.warmup:
             return
@@ -124,6 +145,11 @@ class RewardModule(PairValidation, LightningModule):
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {n: t for n, t in state.items() if n in trained}
+
+
+def total_balance_loss(routings: Mapping[str, Routing]) -> Tensor:
+    """Return the balance losses of all layers, added up; a scalar."""
+    return torch.stack([balance_loss(routing) for routing in routings.values()]).sum()
 
 
 def reward_metrics(rewards: Rewards) -> dict[str, Tensor]:

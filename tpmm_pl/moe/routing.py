@@ -6,7 +6,7 @@ shared (first) and R = E - S routed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -239,34 +239,32 @@ class _Recording:
     seed: int | None
 
     def note(self, x: Tensor, gates: Gates, load: Tensor | None, settings: MoESettings) -> None:
-        attended = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        seen = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
         if self.attention_mask is not None:
-            if self.attention_mask.shape != attended.shape:
+            if self.attention_mask.shape != seen.shape:
                 raise ValueError(
-                    f"layer {self.layer} saw tokens {tuple(attended.shape)}, but the attention "
+                    f"layer {self.layer} saw tokens {tuple(seen.shape)}, but the attention "
                     f"mask is {tuple(self.attention_mask.shape)}"
                 )
-            attended = self.attention_mask.to(x.device) != 0
-        self.routings[self.layer] = summarise(gates, load, attended.flatten(), settings)
+            seen = self.attention_mask.to(x.device)
+        self.routings[self.layer] = summarise(gates, load, seen.flatten(), settings)
 
 
-def summarise(
-    gates: Gates, load: Tensor | None, attended: Tensor, settings: MoESettings
-) -> Routing:
-    """Sum the gates of attended tokens.
+def summarise(gates: Gates, load: Tensor | None, seen: Tensor, settings: MoESettings) -> Routing:
+    """Sum the gates of tokens over the rows that they are part of.
 
     Args:
         gates: Of all M tokens.
         load: Probabilities that experts are kept, ``(M, R)``; ``None``: whether they are.
-        attended: ``(M,)`` bool.
+        seen: In how many rows each token stands, ``(M,)`` int64; 0 for padding.
         settings: Numbers of experts.
     """
-    tokens = attended.sum()
+    tokens = seen.sum()
     # a product, not a selection by a mask, whose size the device would have to tell first
-    mask = attended.float()[:, None]
+    mask = seen.float()[:, None]
     zeros = torch.zeros_like(gates.probabilities)
     importance = (zeros.scatter(-1, gates.kept, gates.routed) * mask).sum(0)
-    counts = (zeros.scatter(-1, gates.kept, 1.0).bool() & attended[:, None]).sum(0)
+    counts = (zeros.scatter(-1, gates.kept, 1.0).long() * seen[:, None]).sum(0)
     entropy = torch.special.entr(gates.probabilities).sum(-1)
     shared = (gates.shared * mask[:, 0]).sum()
     whole = torch.cat([shared.expand(settings.shared), importance])
@@ -280,6 +278,23 @@ def summarise(
     )
 
 
+def joined(parts: Sequence[Routing]) -> Routing:
+    """Return what a router did with the tokens of several batches together.
+
+    Args:
+        parts: Of one router, at least one.
+    """
+    tokens = torch.stack([part.tokens for part in parts])
+    shares = tokens / tokens.sum().clamp_min(1)
+    sums, means = ("importance", "load", "counts"), ("gate_entropy", "weight")
+    columns = {name: torch.stack([getattr(p, name) for p in parts]) for name in (*sums, *means)}
+    return Routing(
+        **{name: columns[name].sum(0) for name in sums},
+        **{name: torch.tensordot(shares, columns[name], 1) for name in means},
+        tokens=tokens.sum(),
+    )
+
+
 @contextmanager
 def recorded_routing(
     model: nn.Module,
@@ -290,8 +305,8 @@ def recorded_routing(
 
     Args:
         model: Holds the layers; without any the block records nothing.
-        attention_mask: ``(N, T)`` as the forward passes see tokens; padding stays out of the
-            statistics, never out of the output. ``None``: every token counts.
+        attention_mask: ``(N, T)`` as the forward passes see tokens: how often each counts in the
+            statistics, padding never; no matter to the output. ``None``: every token once.
         generator: Seeds the router noise of each layer once; ``None``: the global generator
             draws it. Every pass through a layer inside the block then draws the same noise, so
             with gradient checkpointing the backward pass belongs inside the block too.

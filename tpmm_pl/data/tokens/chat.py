@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -13,6 +14,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.rows.formats import RawPair, RawPrompt
+from tpmm_pl.data.table import PairTable, as_table
 from tpmm_pl.data.tokens.encoding import (
     encode,
     encode_all,
@@ -21,7 +23,7 @@ from tpmm_pl.data.tokens.encoding import (
     ended,
     unended,
 )
-from tpmm_pl.data.tokens.templates import PairTexts, pair_texts, prompt_text, render
+from tpmm_pl.data.tokens.templates import PairTexts, all_pair_texts, prompt_text, render
 from tpmm_pl.data.tokens.truncation import Ids, PairIds, truncate_pair, truncate_prompt, unusable
 from tpmm_pl.types import Completion, InputError, Pair, Prompt
 
@@ -54,7 +56,7 @@ def tokenize_pairs(
     max_prompt_length: int | None = None,
     truncation: str = "keep_end",
     whole_turns: bool = False,
-) -> tuple[list[Pair], Counter[str]]:
+) -> tuple[PairTable, Counter[str]]:
     """Apply template and tokenizer; ``prompt_ids + chosen_ids`` is what the model sees.
 
     Completions end in the end-of-sequence token exactly once, unless they are cut off; tokens
@@ -69,7 +71,9 @@ def tokenize_pairs(
         max_prompt_length: Tokens of the prompt; ``None``: up to ``max_length``.
         truncation: Which part of a prompt over its budget stays: ``keep_end`` or ``keep_start``.
         whole_turns: As :func:`judged_ids` reads: plain texts are turns where there is a template,
-            and what it writes behind an answer, often a newline, is kept.
+            and what it writes behind an answer, often a newline, is kept. The conversations behind
+            prompts are not: a judge applies a template of its own to them, rewards are learned
+            without one.
 
     Returns:
         The pairs that are left, and counts of the rows that were cut or dropped, by reason.
@@ -79,8 +83,10 @@ def tokenize_pairs(
             does not show a prompt as the beginning of its conversation; if a row's token is not in
             the vocabulary; or if there is no such truncation.
     """
-    pairs, counts = [], Counter[str]()
+    pairs, turns, counts = [], dict[str, str](), Counter[str]()
     for row, texts, whole in _tokenized(rows, tokenizer, whole_turns):
+        if not (whole_turns or isinstance(row.prompt, str)):
+            turns[texts.prompt] = json.dumps(row.prompt, ensure_ascii=False)
         ids = truncate_pair(whole, max_length, max_prompt_length, truncation)
         if reason := unusable(ids, whole):
             counts[f"dropped: {reason}"] += 1
@@ -91,7 +97,7 @@ def tokenize_pairs(
         counts["reference log-probabilities left out"] += cut and _is_scored(row)
         name = prompt_id(texts.prompt, tokenizer.bos_token)
         pairs.append(_pair(row, name, texts, ids, scored=not cut))
-    return pairs, +counts
+    return as_table(pairs, turns), +counts
 
 
 def tokenize_prompts(
@@ -173,25 +179,27 @@ def _tokenized(
 ) -> Iterator[tuple[RawPair, PairTexts, PairIds]]:
     size = _vocabulary_size(tokenizer)
     for block in _blocks(rows):
-        texts = [
-            _made_texts(row, tokenizer, whole_turns)
-            if row.ids is None
-            else _given_texts(PairIds(*row.ids), row.where, tokenizer, size)
-            for row in block
-        ]
-        made = [text for row, text in zip(block, texts, strict=True) if row.ids is None]
+        made = _made_texts([row for row in block if row.ids is None], tokenizer, whole_turns)
         encoded = encode_pairs(made, tokenizer, whole_turns=whole_turns)
-        for row, text in zip(block, texts, strict=True):
-            yield row, text, encoded[text] if row.ids is None else PairIds(*row.ids)
+        texts = iter(made)
+        for row in block:
+            if row.ids is None:
+                text = next(texts)
+                yield row, text, encoded[text]
+            else:
+                ids = PairIds(*row.ids)
+                yield row, _given_texts(ids, row.where, tokenizer, size), ids
 
 
-def _made_texts(row: RawPair, tokenizer: PreTrainedTokenizerBase, whole_turns: bool) -> PairTexts:
-    if tokenizer.eos_token_id is None:
+def _made_texts(
+    rows: Sequence[RawPair], tokenizer: PreTrainedTokenizerBase, whole_turns: bool
+) -> list[PairTexts]:
+    if rows and tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-sequence token, so completions could not end;"
             " set eos_token in tokenizer_config.json"
         )
-    return pair_texts(row, tokenizer, whole_turns=whole_turns)
+    return all_pair_texts(rows, tokenizer, whole_turns=whole_turns)
 
 
 def _given_texts(

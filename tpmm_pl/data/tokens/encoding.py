@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import chain
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tpmm_pl.data.tokens.templates import PairTexts
 from tpmm_pl.data.tokens.truncation import Ids, PairIds
+
+_ENCODING = ("__call__", "_encode_plus", "_batch_encode_plus")
+"""Methods in which a class of tokenizers may do more to a text than its backend does."""
 
 
 def encode_all(
@@ -26,14 +30,18 @@ def encode_all(
     unique = list(dict.fromkeys(texts))
     if not unique:
         return {}
-    encoded = tokenizer(
-        unique,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # lengths above the model's are cut later, by the budgets
-    )
-    return dict(zip(unique, map(tuple, encoded["input_ids"]), strict=True))
+    if (backend := _backend(tokenizer)) is not None:
+        # the tokenizer's own call makes offsets and copies besides, half as much work again
+        found = [one.ids for one in backend.encode_batch_fast(unique, add_special_tokens=special)]
+    else:
+        found = tokenizer(
+            unique,
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # lengths above the model's are cut later, by the budgets
+        )["input_ids"]
+    return dict(zip(unique, map(tuple, found), strict=True))
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
@@ -55,6 +63,17 @@ def encode_plain_prompts(
     return {text: _begun(bare[text], added[text]) for text in texts}
 
 
+def encode_written(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Ids]:
+    """Return the tokens of what a template has written; a turn in many of them is encoded once."""
+    texts = list(texts)
+    control = _control(texts, tokenizer)
+    cut = {text: _pieces(text, control) for text in texts}
+    ids = encode_all(chain.from_iterable(cut.values()), tokenizer)
+    return {
+        text: tuple(chain.from_iterable(ids[one] for one in pieces)) for text, pieces in cut.items()
+    }
+
+
 def encode_continuations(
     given: Sequence[tuple[str, str]], prompts: Mapping[str, Ids], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[str, str], Ids]:
@@ -68,10 +87,13 @@ def encode_continuations(
         prompts: The tokens of all those prompts.
         tokenizer: What encodes.
     """
-    tails = _tails(prompts, tokenizer)
-    together = encode_all((tails[prompt].text + text for prompt, text in given), tokenizer)
+    control = _control(prompts, tokenizer)
+    # of a prompt only the end: it is not encoded once more for every completion
+    tails = {prompt: _pieces(prompt, control)[-1] for prompt in prompts}
+    together = encode_all((tails[prompt] + text for prompt, text in given), tokenizer)
+    ids = {**prompts, **encode_all({*tails.values()} - prompts.keys(), tokenizer)}
     own = {
-        (prompt, text): _behind(tails[prompt].ids, together[tails[prompt].text + text])
+        (prompt, text): _behind(ids[tails[prompt]], together[tails[prompt] + text])
         for prompt, text in given
     }
     alone = encode_all((text for (_, text), ids in own.items() if ids is None), tokenizer)
@@ -105,6 +127,20 @@ def unended(ids: Ids, end: int | None) -> Ids:
     return ids
 
 
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Return what encodes for a tokenizer, set as its own call would; ``None`` if it does more."""
+    own, common = type(tokenizer), PreTrainedTokenizerFast
+    if not isinstance(tokenizer, common):
+        return None
+    if any(getattr(own, name, None) is not getattr(common, name, None) for name in _ENCODING):
+        return None
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
 def _plain(
     texts: Sequence[PairTexts], tokenizer: PreTrainedTokenizerBase
 ) -> dict[PairTexts, PairIds]:
@@ -120,7 +156,7 @@ def _plain(
 def _written(
     texts: Sequence[PairTexts], tokenizer: PreTrainedTokenizerBase, whole_turns: bool
 ) -> dict[PairTexts, PairIds]:
-    prompts = encode_all((text.prompt for text in texts), tokenizer)
+    prompts = encode_written((text.prompt for text in texts), tokenizer)
     given = [(text.prompt, one) for text in texts for one in text.answers]
     answers = encode_continuations(given, prompts, tokenizer)
     if not whole_turns:
@@ -132,35 +168,40 @@ def _written(
     }
 
 
-class _Tail(NamedTuple):
-    text: str
-    ids: Ids
+def _control(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a control token before which texts can be cut: their tokens are the pieces' in a row.
 
-
-def _tails(prompts: Mapping[str, Ids], tokenizer: PreTrainedTokenizerBase) -> dict[str, _Tail]:
-    """Return the end of each prompt that is enough to see how the text behind it is cut.
-
-    Texts are split at control tokens first, so what stands before the last one changes nothing
-    behind it: a long prompt is encoded once, not once more for every completion.
+    Tokenizers take control tokens out of a text first and encode what is between them by itself.
+    Left out are those that reach over their beginning, by taking blanks or looking at a letter in
+    front of it, and those whose beginning may be within another one. ``None`` if there is no other.
     """
-    controls = _controls(next(iter(prompts), ""), tokenizer)
-    starts = {text: max((text.rfind(one) for one in controls), default=0) for text in prompts}
-    tails = {text: text[max(start, 0) :] for text, start in starts.items()}
-    ids = encode_all(tails.values(), tokenizer)
-    return {
-        text: _Tail(tail, ids[tail]) if _ends_in(prompts[text], ids[tail]) else _Tail(text, whole)
-        for (text, tail), whole in zip(tails.items(), prompts.values(), strict=True)
-    }
+    # the last one of one prompt is enough: others that lack it are encoded whole
+    text = next(iter(texts), "")
+    if _backend(tokenizer) is None or tokenizer.split_special_tokens:
+        return None
+    added = tokenizer.added_tokens_decoder.values()
+    if any(token.single_word for token in added):
+        return None
+    found = [
+        token.content
+        for token in added
+        if token.content in text
+        and not (token.normalized or token.lstrip)
+        and not any(_holds_beginning(other.content, token.content) for other in added)
+    ]
+    return max(found, key=text.rfind, default=None)
 
 
-def _controls(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    # one prompt's are enough to look for: a prompt that has none of them is encoded whole
-    added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    return [content for content in added if content in text]
+def _holds_beginning(one: str, of: str) -> bool:
+    ends = (one[start:] for start in range(1, len(one)))
+    return any(end.startswith(of) or of.startswith(end) for end in ends)
 
 
-def _ends_in(ids: Ids, tail: Ids) -> bool:
-    return bool(tail) and ids[-len(tail) :] == tail
+def _pieces(text: str, control: str | None) -> list[str]:
+    if control is None:
+        return [text]
+    first, *others = text.split(control)
+    return [first, *(control + one for one in others)]
 
 
 def _behind(ids: Ids, together: Ids) -> Ids | None:

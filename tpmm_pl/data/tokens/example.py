@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from tpmm_pl.data.batching import collate
-from tpmm_pl.types import IGNORE_INDEX, Pair
+from tpmm_pl.data.packing import pack_rows, pair_rows
+from tpmm_pl.types import Pair
 
 _SHOWN = 600
 """Characters of a part that are shown."""
@@ -14,7 +14,7 @@ _SHOWN = 600
 def describe_example(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str:
     r"""Decode a pair's tokens, those that carry the loss in brackets.
 
-    Which ones do is read from the labels of a batch of this pair. Special tokens are shown, line
+    Which ones do is read from a batch of this pair. Special tokens are shown, line
     breaks as ``\n``, and long texts without their middle.
 
     Args:
@@ -24,10 +24,9 @@ def describe_example(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         A line of explanation, then one each for prompt, chosen and rejected completion.
     """
-    batch = collate([pair], pad_id=0)
-    labelled = batch.labels != IGNORE_INDEX
-    prompt = batch.input_ids[0][~labelled[0] & batch.attention_mask[0].bool()]
-    chosen, rejected = (batch.input_ids[row][labelled[row]] for row in (0, 1))
+    tree = pack_rows(pair_rows([pair]))
+    chosen, rejected = (tree.targets[tree.row_of == row] for row in (0, 1))
+    prompt = tree.tokens[: int(tree.states[0]) + 1]
     parts = {
         "prompt": (len(prompt), " " + _readable(prompt.tolist(), tokenizer)),
         "chosen": (len(chosen), f"[{_readable(chosen.tolist(), tokenizer)}]"),

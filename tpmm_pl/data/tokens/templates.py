@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,29 +43,46 @@ def prompt_text(row: RawPrompt, tokenizer: PreTrainedTokenizerBase) -> str:
 def pair_texts(
     row: RawPair, tokenizer: PreTrainedTokenizerBase, *, whole_turns: bool = False
 ) -> PairTexts:
-    """Return the texts of a pair.
+    """Return the texts of a pair, as :func:`all_pair_texts` does."""
+    return all_pair_texts([row], tokenizer, whole_turns=whole_turns)[0]
+
+
+def all_pair_texts(
+    rows: Sequence[RawPair], tokenizer: PreTrainedTokenizerBase, *, whole_turns: bool = False
+) -> list[PairTexts]:
+    """Return the texts of every pair.
 
     Args:
-        row: Plain or conversational.
+        rows: Plain or conversational.
         tokenizer: Its template writes conversations.
         whole_turns: Whether plain texts are turns where there is a template, and what it writes
             behind an answer, an end-of-sequence token and often a newline, is kept.
 
     Raises:
-        InputError: As :func:`render`; or if the template does not show the prompt as the beginning
+        InputError: As :func:`render`; or if the template does not show a prompt as the beginning
             of its conversation.
     """
     if whole_turns and tokenizer.chat_template:
-        row = _as_turns(row)
-    prompt = prompt_text(row, tokenizer)
-    if isinstance(row.prompt, str):
-        return PairTexts(prompt, str(row.chosen), str(row.rejected))
+        rows = [_as_turns(row) for row in rows]
+    turns = [row for row in rows if not isinstance(row.prompt, str)]
+    prompts = _rendered(turns, [row.prompt for row in turns], tokenizer, answer_next=True)
+    chosen = _rendered(turns, [(*row.prompt, *row.chosen) for row in turns], tokenizer)
+    rejected = _rendered(turns, [(*row.prompt, *row.rejected) for row in turns], tokenizer)
     end = "" if whole_turns else str(tokenizer.eos_token)
-    chosen, rejected = (
-        _without_end(_behind(prompt, (*row.prompt, *answer), row, tokenizer), end)
-        for answer in (row.chosen, row.rejected)
+    written = iter(
+        PairTexts(
+            prompt,
+            *(_without_end(_behind(prompt, whole, row.where), end) for whole in answered),
+            templated=True,
+        )
+        for row, prompt, *answered in zip(turns, prompts, chosen, rejected, strict=True)
     )
-    return PairTexts(prompt, chosen, rejected, templated=True)
+    return [
+        PairTexts(row.prompt, str(row.chosen), str(row.rejected))
+        if isinstance(row.prompt, str)
+        else next(written)
+        for row in rows
+    ]
 
 
 def render(
@@ -119,13 +137,31 @@ def _as_turns(row: RawPair) -> RawPair:
     return replace(row, prompt=(asked,), chosen=chosen, rejected=rejected)
 
 
-def _behind(
-    prompt: str, messages: Sequence[Message], row: RawPair, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    whole = render(messages, tokenizer, row.where, tools=row.tools)
+def _rendered(
+    rows: Sequence[RawPair],
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answer_next: bool = False,
+) -> list[str]:
+    if conversations and tokenizer.chat_template and not any(row.tools for row in rows):
+        # in one call it costs less; if it fails, one by one tells which row is at fault
+        with suppress(Exception):
+            return list(
+                tokenizer.apply_chat_template(
+                    conversations, tokenize=False, add_generation_prompt=answer_next
+                )
+            )
+    return [
+        render(messages, tokenizer, row.where, tools=row.tools, answer_next=answer_next)
+        for row, messages in zip(rows, conversations, strict=True)
+    ]
+
+
+def _behind(prompt: str, whole: str, where: str) -> str:
     if not whole.startswith(prompt):
         raise InputError(
-            f"{row.where}: the chat template writes the prompt differently once it is answered, so"
+            f"{where}: the chat template writes the prompt differently once it is answered, so"
             " the completion cannot be told from it; give a chat_template without such a step"
             " (often one that adds or removes reasoning)"
         )

@@ -1,0 +1,297 @@
+"""Attention over a token tree: a token looks at its ancestors and at itself.
+
+A decoder of transformers that takes an attention function takes this one unchanged: the tree goes
+into its forward pass as the argument ``tree`` and reaches every layer. On CUDA it is
+FlexAttention with a block mask; elsewhere one call of scaled dot-product attention a chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tpmm_pl.types import TokenTree
+
+_PREFIX = "token_tree_on_"
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+Span = tuple[int, int]
+"""Tokens of a tree, from the first to behind the last."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Consecutive tokens of which each is the child of the one before.
+
+    Args:
+        span: The tokens.
+        context: All ancestors of the first of them.
+    """
+
+    span: Span
+    context: tuple[Span, ...]
+
+    @property
+    def seen(self) -> tuple[Span, ...]:
+        """All that its last token sees, in the order of their positions."""
+        return (*self.context, self.span)
+
+
+@dataclass
+class TreeMask:
+    """Who sees whom in a token tree, in the forms that kernels take; made once a batch.
+
+    Args:
+        tree: The batch's tokens.
+    """
+
+    tree: TokenTree
+    chains: list[Chain] = field(init=False)
+    _masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Cut the tree into chains."""
+        self.chains = chains(self.tree.ends.cpu().numpy())
+
+    def of_chain(self, number: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Return what is added to the scores of a chain, ``(tokens, seen)``; ``None``: causal.
+
+        Args:
+            number: Of the chain.
+            window: A token sees so many positions, its own included; ``None``: all.
+            like: Has the dtype and device.
+        """
+        key = (number, window, like.dtype)
+        if key not in self._masks:
+            chain, positions = self.chains[number], self.tree.positions
+            here = positions[slice(*chain.span)]
+            seen = torch.arange(int(here[-1]) + 1, device=here.device)
+            hidden = seen > here[:, None]
+            if window is not None:
+                hidden |= here[:, None] - seen >= window
+            plain = not chain.context and (window is None or len(seen) <= window)
+            zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = None if plain else zeros.masked_fill(hidden, -torch.inf)
+        return self._masks[key]
+
+    def blocks(self, window: int | None) -> BlockMask:
+        """Return the mask of the whole tree for FlexAttention.
+
+        Args:
+            window: As for :meth:`of_chain`.
+        """
+        if window not in self._blocks:
+            ends, positions = self.tree.ends, self.tree.positions
+
+            def sees(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                descends = (j <= i) & (i < ends[j])
+                return descends if window is None else descends & near(i, j)
+
+            def near(i: Tensor, j: Tensor) -> Tensor:
+                return positions[i] - positions[j] < torch.tensor(window, device=ends.device)
+
+            count = len(ends)
+            self._blocks[window] = create_block_mask(
+                sees, B=None, H=None, Q_LEN=count, KV_LEN=count, device=str(ends.device)
+            )
+        return self._blocks[window]
+
+
+def chains(ends: NDArray[np.int64]) -> list[Chain]:
+    """Cut a tree into chains, in order: a new one begins where a token has no child behind it.
+
+    Args:
+        ends: As in :class:`tpmm_pl.types.TokenTree`, ``(T,)``.
+    """
+    childless = np.flatnonzero(ends[:-1] == np.arange(1, len(ends)))
+    bounds = [0, *(childless + 1).tolist(), len(ends)]
+    return [
+        Chain((start, stop), _spans(np.flatnonzero(ends[:start] > start)))
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def _spans(tokens: NDArray[np.int64]) -> tuple[Span, ...]:
+    runs = np.split(tokens, np.flatnonzero(np.diff(tokens) != 1) + 1)
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs if len(run))
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    otherwise: str,
+    tree: TreeMask | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' attention functions do; without a tree, as ``otherwise`` does.
+
+    Args:
+        module: The attention layer.
+        query: ``(1, heads, T, width)``.
+        key: ``(1, key heads, T, width)``.
+        value: ``(1, key heads, T, width)``.
+        attention_mask: Of ``otherwise``; a tree has its own.
+        otherwise: Name of the attention that the model has for rows.
+        tree: The batch; ``None``: rows.
+        scaling: Of the scores.
+        dropout: Probability of dropping a weight.
+        sliding_window: As for :meth:`TreeMask.of_chain`.
+        softcap: Scores end softly at this value (Gemma 2).
+        **kwargs: What else a model hands over.
+
+    Returns:
+        ``(1, T, heads, width)``, and no weights.
+
+    Raises:
+        ValueError: If the model hands over what a tree has no form of, as attention sinks.
+    """
+    if tree is None:
+        kwargs |= {"scaling": scaling, "dropout": dropout}
+        given = {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        return _attention(otherwise, module)(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"attention with {', '.join(unknown)} has no form for token trees")
+    if query.is_cuda:
+        return flex_attention_forward(
+            module, query, key, value, tree.blocks(sliding_window),
+            scaling=scaling, softcap=softcap, dropout=dropout,
+        )  # fmt: skip
+    attend = partial(_attend, scale=scaling, softcap=softcap, dropout=dropout)
+    # autocast may hand over values in another dtype than rotated queries and keys
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return _Chained.apply(query, key, value, tree, sliding_window, attend), None  # type: ignore[no-untyped-call]
+
+
+class _Chained(torch.autograd.Function):
+    """Attention chain by chain, each in a graph of its own.
+
+    Slices of one graph would give the backward pass a zero-filled gradient of the whole row for
+    every chain, head and layer; here gradients are written into place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tree: TreeMask,
+        window: int | None,
+        attend: Callable[..., Tensor],
+    ) -> Tensor:
+        train = any(ctx.needs_input_grad)
+        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        ctx.graphs, ctx.tree, ctx.shapes = [], tree, (query.shape, key.shape, value.shape)
+        for number, chain in enumerate(tree.chains):
+            inputs = (_part(query, (chain.span,)), _part(key, chain.seen), _part(value, chain.seen))
+            mask = tree.of_chain(number, window, query)
+            with torch.set_grad_enabled(train):
+                leaves = [tensor.detach().requires_grad_(train) for tensor in inputs]
+                attended = attend(*leaves, mask)
+            out[:, slice(*chain.span)] = attended.detach().transpose(1, 2)
+            if train:
+                ctx.graphs.append((attended, leaves))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        query, key, value = (gradient.new_zeros(shape) for shape in ctx.shapes)
+        for chain, (attended, leaves) in zip(ctx.tree.chains, ctx.graphs, strict=True):
+            into = gradient[:, slice(*chain.span)].transpose(1, 2)
+            of_query, of_key, of_value = torch.autograd.grad(attended, leaves, into)
+            query[:, :, slice(*chain.span)] = of_query
+            start = 0
+            for span in chain.seen:
+                stop = start + span[1] - span[0]
+                key[:, :, slice(*span)] += of_key[:, :, start:stop]
+                value[:, :, slice(*span)] += of_value[:, :, start:stop]
+                start = stop
+        ctx.graphs.clear()
+        return query, key, value, None, None, None
+
+
+def _part(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
+    parts = [tensor[:, :, slice(*span)] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (scores / softcap).tanh() * softcap
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(1)
+    weights = (scores.float() + mask).softmax(-1).to(value.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _attention(name: str, module: nn.Module) -> Callable[..., Any]:
+    if name == "eager":
+        # not in the registry: every family's file has its own
+        return import_module(type(module).__module__).eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+
+
+def attend_trees(model: PreTrainedModel) -> bool:
+    """Make a model's attention understand the argument ``tree``; without it nothing changes.
+
+    Args:
+        model: Of transformers; remembers no tree.
+
+    Returns:
+        Whether its attention is one that can be replaced, in all layers.
+    """
+    config = model.config
+    name = str(config._attn_implementation)
+    if name.startswith(_PREFIX):
+        return True
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or _PLAIN_LAYERS)
+    if not getattr(model, "_supports_attention_backend", False) or not layers <= _PLAIN_LAYERS:
+        return False
+    AttentionInterface.register(_PREFIX + name, partial(tree_attention, otherwise=name))
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    if name in masks:
+        AttentionMaskInterface.register(_PREFIX + name, masks[name])
+    config._attn_implementation = _PREFIX + name
+    return True
