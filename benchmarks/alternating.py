@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,24 @@ Step = Callable[[int], float]
 LOSS_BOUND = 1e-5
 
 _ATEN: Any = torch.ops.aten
+
+
+def _as(known: Any) -> Callable[..., int]:
+    formula: Any = partial(flop_registry[known])
+    formula._get_raw = True  # takes tensors, as those of the registry do
+    return formula
+
+
 # what torch leaves out: products in place, and attention on the CPU
-flop_registry |= {
-    _ATEN.addmm_: flop_registry[_ATEN.addmm],
-    _ATEN.baddbmm_: flop_registry[_ATEN.baddbmm],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+FORMULAS = {
+    _ATEN.addmm_: _as(_ATEN.addmm),
+    _ATEN.baddbmm_: _as(_ATEN.baddbmm),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _as(
         _ATEN._scaled_dot_product_flash_attention
-    ],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _as(
         _ATEN._scaled_dot_product_flash_attention_backward
-    ],
+    ),
 }
 
 
@@ -68,6 +77,11 @@ class Compared:
         """Return the other's CPU seconds for all batches over ours."""
         return sum(self.other.seconds) / sum(self.ours.seconds)
 
+    def losses(self) -> str:
+        """Return the range of our losses, and the largest difference of the other's."""
+        low, high = min(self.ours.losses), max(self.ours.losses)
+        return f"{low:.4f} - {high:.4f}, within {agreement(self.loss_difference())}"
+
     def loss_difference(self) -> float:
         """Return the largest difference of two losses of a batch."""
         both = zip(self.other.losses, self.ours.losses, strict=True)
@@ -96,7 +110,7 @@ def alternate(ours: Step, other: Step, batches: int, counted: int) -> Compared:
 
 def operations(work: Callable[[], object]) -> int:
     """Count the floating-point operations of matrix products and attention, masked ones too."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         work()
     return counter.get_total_flops()
 

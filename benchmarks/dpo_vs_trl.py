@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from alternating import Compared, agreement, alternate, at_least, at_most
+from alternating import Compared, alternate, at_least, at_most
 from fusion import FULL, SMALL, random_llama
 from hh_pairs import TokenCounts, count_tokens, in_batches, typical, unused_token
-from page import PeakOfMemory, markdown, private_bytes, write_section
+from page import PeakOfMemory, markdown, private_bytes
 from transformers import PreTrainedModel
-from trl_options import add_options, check_options, chosen_pairs, section, write_json
+from trl_options import add_options, check_options, chosen_pairs, run_parts
 from trl_steps import RATE, TrlStep, Variant, dpo_step, quiet
 from trl_tables import HEADER, millions, ratio_row, token_ranges, token_table
 
@@ -37,7 +37,7 @@ from tpmm_pl.losses import dpo_loss
 from tpmm_pl.models.adapters import LoraSettings, with_adapters
 from tpmm_pl.models.load import PretrainedPolicy
 from tpmm_pl.models.scoring import PairScorer, score_pairs
-from tpmm_pl.types import Pair, PairBatch
+from tpmm_pl.types import InputError, Pair, PairBatch
 
 BETA = 0.1
 ARMS = {
@@ -112,18 +112,18 @@ def model_maker(options: argparse.Namespace) -> Callable[[], PreTrainedModel]:
     return lambda: random_llama(SMALL if options.quick else FULL).train()
 
 
-def prepare(options: argparse.Namespace) -> Work:
-    """Choose the pairs and score them under the starting model, as once a round."""
-    make_model = model_maker(options)
+def scored_work(
+    pairs: Sequence[Pair], make_model: Callable[[], PreTrainedModel], size: int
+) -> Work:
+    """Score the pairs under the starting model, as once a round."""
     model = make_model()
-    pairs = chosen_pairs(options, model.config.vocab_size)
     score_pairs(model, pairs[:1])  # the first pass allocates
     started = time.process_time()
     logps = score_pairs(model, pairs)
-    seconds = (time.process_time() - started) / options.batches
+    seconds = (time.process_time() - started) * size / len(pairs)
     columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
     scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
-    return Work(scored, make_model, options.batch_size, seconds)
+    return Work(scored, make_model, size, seconds)
 
 
 def build(variant: Variant, work: Work) -> tuple[OurStep, TrlStep]:
@@ -176,7 +176,9 @@ def measure_arm(variant: Variant, work: Work) -> Arm:
 
 def measure_times(options: argparse.Namespace) -> tuple[str, dict[str, float]]:
     """Return the table of ratios, and the ratios."""
-    work = prepare(options)
+    make_model = model_maker(options)
+    pairs = chosen_pairs(options, make_model().config.vocab_size)
+    work = scored_work(pairs, make_model, options.batch_size)
     print(token_table(work.pairs, work.size), end="\n\n", flush=True)
     bars = {} if options.pairs else QUICK_BARS if options.quick else BARS
     rows, ratios, step_seconds = [], {}, 0.0
@@ -188,13 +190,14 @@ def measure_times(options: argparse.Namespace) -> tuple[str, dict[str, float]]:
         ratios |= of_arm
         step_seconds = step_seconds or statistics.median(arm.found.ours.seconds)
     ratios["dpo_reference_pass_over_step"] = work.reference_seconds / step_seconds
-    header = [*HEADER, "time, with the reference pass", "loss difference", "bar"]
+    header = [*HEADER, "time, with the reference pass", "losses", "bar"]
     text = markdown(header, rows) + (
         f"\n\n{millions(work.make_model())} million parameters, {work.batches} batches of "
         f"{work.size} pairs; TRL's CPU seconds over ours, one thread, medians. *With the reference "
         "pass*: of one epoch, ours "
         f"({ratios['dpo_reference_pass_over_step']:.2f} of a step) and TRL's where it is "
-        f"precomputed. Operations of the batch of median length. {token_ranges(work.pairs, work.size)}."
+        "precomputed. Operations of the batch of median length. "
+        f"{token_ranges(work.pairs, work.size)}."
     )
     return text, ratios
 
@@ -206,7 +209,7 @@ def arm_row(name: str, arm: Arm, bar: float | None) -> tuple[list[str], dict[str
     inside = statistics.median(
         found.ratios(ours_more=arm.ours_reference, other_more=arm.trl_reference)
     )
-    cells += [f"{inside:.2f}", agreement(found.loss_difference()), at_least(ratios[key], bar)]
+    cells += [f"{inside:.2f}", found.losses(), at_least(ratios[key], bar)]
     return cells, ratios | {f"{key}_with_reference_pass": inside}
 
 
@@ -246,7 +249,7 @@ def peak_in_fresh_process(name: str, options: argparse.Namespace) -> int:
     """Return the largest of several peaks: a sampler can miss a peak, not invent one."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
     runs = [
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         for _ in range(options.peaks)
     ]
     return max(int(text.split()[-1]) for text in runs)
@@ -280,23 +283,18 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--write", type=Path, help="a file with a section for each part")
     parser.add_argument("--child", choices=["ours", *MEMORY_BARS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     check_options(parser, options)
     torch.set_num_threads(1)
     quiet()
-    if options.child:
-        print(peak_in_this_process(options))
-        return
-    ratios: dict[str, float] = {}
-    for part in options.parts:
-        text, of_part = PARTS[part](options)
-        ratios |= of_part
-        print(text, end="\n\n", flush=True)
-        if options.write:
-            write_section(options.write, section(f"dpo_vs_trl_{part}", options), text)
-    write_json(ratios, options)
+    try:
+        if options.child:
+            print(peak_in_this_process(options))
+        else:
+            run_parts("dpo_vs_trl", PARTS, options)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

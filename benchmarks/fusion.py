@@ -41,7 +41,6 @@ from tpmm_pl.types import Pair, PairBatch, PairLogps
 
 BAR, MEMORY_BAR = 1.35, 0.05
 BETA = 0.1
-PAD = 0
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,10 @@ def draw_pairs(count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
 def draw_batches(model: nn.Module, count: int, size: int, vocabulary: int) -> list[PairBatch]:
     """Draw ``count`` batches of ``size`` pairs, scored under the starting model."""
     pairs = draw_pairs(size * count, vocabulary)
-    logps = score_pairs(model, pairs, pad_id=PAD, batch_size=size)
+    logps = score_pairs(model, pairs)
     columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
     scored = [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
-    return [collate(scored[start : start + size], PAD) for start in range(0, len(scored), size)]
+    return [collate(scored[start : start + size]) for start in range(0, len(scored), size)]
 
 
 def write_snapshots(model: nn.Module, store: TrajectoryStore, count: int) -> None:
@@ -135,7 +134,7 @@ class StreamedStep:
         self.step, _ = fabric.setup(module, module.configure_optimizers())
 
     def __call__(self, batch: PairBatch) -> float:
-        self.step.training_step(batch, 0)
+        self.step.training_step([batch], 0)
         return self.module.losses[-1]
 
     @property
@@ -261,7 +260,7 @@ def peak_in_this_process(way: str, count: int, root: Path, shape: Shape) -> int:
     """Take four steps on one pair, so that weights outweigh activations; return the peak."""
     model = random_llama(shape)
     zeros = PairLogps(torch.zeros(1), torch.zeros(1))
-    batch = collate(draw_pairs(1, shape.vocabulary), PAD)._replace(reference=zeros)
+    batch = collate(draw_pairs(1, shape.vocabulary))._replace(reference=zeros)
     with PeakOfMemory() as memory:
         step = WAYS[way](model, TrajectoryStore(root), count)
         for _ in range(4):

@@ -81,7 +81,7 @@ def draw_completions(count: int, completions: int, vocabulary: int, seed: int = 
 def read_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Pair]:
     """Read the first pairs of a file in any of the row shapes that training takes.
 
-    Rows of more than ``MAX_LENGTH`` tokens are cut, prompts at their start.
+    Completions are cut where a row has ``MAX_LENGTH`` tokens; a prompt that fills it is left out.
 
     Raises:
         InputError: If a row has no known shape, or there is no pair.

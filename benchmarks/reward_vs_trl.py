@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from alternating import agreement, alternate, at_least
+from alternating import Compared, agreement, alternate, at_least
 from fusion import FULL, SMALL
-from hh_pairs import Rows, count_tokens, draw_completions, typical, unused_token
+from hh_pairs import Rows, TokenCounts, count_tokens, draw_completions, typical, unused_token
 from moe import random_reward_model
-from page import markdown, write_section
+from page import markdown
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl_options import add_options, check_options, chosen_pairs, section, write_json
+from trl_options import add_options, check_options, chosen_pairs, run_parts
 from trl_steps import RATE, quiet, reward_step
 from trl_tables import HEADER, millions, ratio_row, token_ranges, token_table
 
@@ -31,7 +30,7 @@ from tpmm_pl.data.batching import collate
 from tpmm_pl.data.packing import pack_rows, pair_rows
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import PretrainedReward, RewardScorer
-from tpmm_pl.types import PairBatch
+from tpmm_pl.types import InputError, Pair, PairBatch
 
 BAR, TOKENS_BAR = 3.0, 3.0
 COMPLETIONS = 8
@@ -95,24 +94,31 @@ def model_maker(options: argparse.Namespace) -> Callable[[], PreTrainedModel]:
     return lambda: random_reward_model(SMALL if options.quick else FULL).train()
 
 
+def compare_steps(
+    make_model: Callable[[], PreTrainedModel], pairs: Sequence[Pair], size: int
+) -> tuple[Compared, list[TokenCounts]]:
+    """Train both sides from the same weights; return what was measured, and the tokens."""
+    trl = reward_step(make_model(), pairs, size=size, pad_id=unused_token(pair_rows(pairs)))
+    batches = [[pairs[index] for index in part] for part in trl.order]
+    ours = OurStep(make_model(), [collate(batch) for batch in batches])
+    rows = [pair_rows(batch) for batch in batches]
+    found = alternate(ours, trl, len(batches), typical(rows))
+    return found, [count_tokens(one) for one in rows]
+
+
 def measure_steps(options: argparse.Namespace) -> tuple[str, dict[str, float]]:
     """Return the table of training steps, and the ratios."""
-    make_model = model_maker(options)
-    ours, theirs = make_model(), make_model()
-    pairs, size = chosen_pairs(options, ours.config.vocab_size), options.batch_size
+    make_model, size = model_maker(options), options.batch_size
+    model = make_model()
+    pairs = chosen_pairs(options, model.config.vocab_size)
     print(token_table(pairs, size), end="\n\n", flush=True)
-    trl = reward_step(theirs, pairs, size=size, pad_id=unused_token(pair_rows(pairs)))
-    batches = [[pairs[index] for index in part] for part in trl.order]
-    step = OurStep(ours, [collate(batch) for batch in batches])
-    rows = [pair_rows(batch) for batch in batches]
-    found = alternate(step, trl, len(batches), typical(rows))
-    counts = [count_tokens(one) for one in rows]
+    found, counts = compare_steps(make_model, pairs, size)
     bar = None if options.quick or options.pairs else BAR
     cells, ratios = ratio_row("reward_step", "RewardTrainer, as it comes", found, counts)
-    cells += [agreement(found.loss_difference()), at_least(ratios["reward_step"], bar)]
-    header = [*HEADER, "loss difference", "bar"]
+    cells += [found.losses(), at_least(ratios["reward_step"], bar)]
+    header = [*HEADER, "losses", "bar"]
     text = markdown(header, [cells]) + (
-        f"\n\n{millions(ours)} million parameters, {len(batches)} batches of {size} pairs; TRL's "
+        f"\n\n{millions(model)} million parameters, {len(counts)} batches of {size} pairs; TRL's "
         "CPU seconds over ours, one thread, medians. Operations of the batch of median length. "
         f"{token_ranges(pairs, size)}."
     )
@@ -163,19 +169,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--write", type=Path, help="a file with a section for each part")
     options = parser.parse_args()
     check_options(parser, options)
     torch.set_num_threads(1)
     quiet()
-    ratios: dict[str, float] = {}
-    for part in options.parts:
-        text, of_part = PARTS[part](options)
-        ratios |= of_part
-        print(text, end="\n\n", flush=True)
-        if options.write:
-            write_section(options.write, section(f"reward_vs_trl_{part}", options), text)
-    write_json(ratios, options)
+    try:
+        run_parts("reward_vs_trl", PARTS, options)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from tpmm_pl.callbacks.offline_pairs import OfflinePairs
 from tpmm_pl.callbacks.on_policy_pairs import OnPolicyPairs
 from tpmm_pl.callbacks.round_context import RoundContext
-from tpmm_pl.callbacks.round_pairs import RoundPairs
+from tpmm_pl.callbacks.round_pairs import RoundPairs, unscored
 from tpmm_pl.data.table import PairTable, as_table, join
 from tpmm_pl.types import InputError, OffersPairs, OffersPrompts
 
@@ -61,7 +61,9 @@ class MixedPairs(RoundPairs):
         if (sentence := self._warning((len(on_policy), len(offline)), used)) is not None:
             warnings.warn(f"round {round_index}: {sentence}", stacklevel=2)
         generator = context.generator("mix")
-        pairs = join(_drawn(on_policy, used[0], generator), _drawn(offline, used[1], generator))
+        # two references' log-probabilities do not mix
+        sampled = unscored(_drawn(on_policy, used[0], generator))
+        pairs = join(sampled, _drawn(offline, used[1], generator))
         if pairs:
             context.log({"pairs/on_policy": used[0] / len(pairs)})
         return pairs
@@ -69,7 +71,8 @@ class MixedPairs(RoundPairs):
     def held_out_pairs(self, context: RoundContext) -> PairTable:
         """Return the new fuse pairs of both kinds."""
         _check_data(context)
-        return join(self.on_policy.held_out_pairs(context), self.offline.held_out_pairs(context))
+        on_policy = unscored(self.on_policy.held_out_pairs(context))
+        return join(on_policy, self.offline.held_out_pairs(context))
 
     def _warning(self, there: tuple[int, int], used: tuple[int, int]) -> str | None:
         names = ("on-policy", "offline")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from tpmm_pl.callbacks.round_context import RoundContext
 from tpmm_pl.callbacks.round_pairs import RoundPairs
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.pairing import check_method, pair_completions
 from tpmm_pl.rollouts import sample_completions
-from tpmm_pl.types import InputError, Judge, OffersPrompts, Pair, Prompt
+from tpmm_pl.types import InputError, Judge, OffersPrompts, Pair, Prompt, Recipe
 
 
 class OnPolicyPairs(RoundPairs):
@@ -34,6 +36,8 @@ class OnPolicyPairs(RoundPairs):
         batch_size: Completions generated at once; halved when memory runs out.
         train_on_fuse_pairs: See :class:`RoundPairs`.
     """
+
+    from_data = False
 
     def __init__(
         self,
@@ -80,6 +84,16 @@ class OnPolicyPairs(RoundPairs):
         """Sample, judge and pair completions of held-out prompts."""
         prompts = _data(context).fuse_prompts(context.round_index)
         return self._pairs(context, prompts, self.fuse_samples, self.noise, "fuse_pairs")
+
+    def scored_under(self, context: RoundContext) -> Recipe | None:
+        """Return the merge that has sampled: its log-probabilities come with the pairs.
+
+        In float32; where rounding counts, training must see the numbers of its own kernels.
+        """
+        parameter = next(context.policy.parameters())
+        with context.fabric.autocast():
+            rounded = torch.is_autocast_enabled(parameter.device.type)
+        return None if rounded or parameter.dtype != torch.float32 else context.holds
 
     def _pairs(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ class RoundContext:
     """Set by the stage of that name; the newest snapshot otherwise."""
     _holds: tuple[str, Recipe] | None = None
     _trains: tuple[str, Recipe] | None = None
+
+    @property
+    def reference_cache(self) -> Path:
+        """Folder of log-probabilities, shared by the runs beside this one."""
+        return self.store.root.parents[1] / ".reference"
+
+    @property
+    def holds(self) -> Recipe | None:
+        """The merge that the policy's module computes as, where it is known to the last bit."""
+        return None if self._holds is None or self._holds[0] != "exact" else self._holds[1]
 
     @property
     def token_budget(self) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from math import nan
 
 import numpy as np
+import torch
 
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
 from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.data.notices import say
 from tpmm_pl.data.pairs import read_fuse_pool, refuse_fuse_prompts, write_pairs
 from tpmm_pl.data.table import PairTable, as_table, join, with_reference
-from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.models.reference_cache import cached_logps
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.trajectory import CONTROL
-from tpmm_pl.types import Pair, Recipe, RunError
+from tpmm_pl.types import Pair, PairLogps, Recipe, RunError
 
 
 class RoundPairs(RoundCallback):
@@ -24,15 +26,19 @@ class RoundPairs(RoundCallback):
 
     Where the module says ``needs_reference = False``, as losses without a reference do, the
     round's pairs are not scored; fuse pairs are, since a learned merge is measured against the
-    start whatever the loss is. Reference log-probabilities that come with the data are those of
-    the starting policy: they are used where it is the reference and all pairs have them, and
-    computed anew under any other reference.
+    start whatever the loss is. Reference log-probabilities that come with all pairs are used where
+    they are those of the reference: data from files has the starting policy's, completions that
+    the reference itself has sampled have its own. Others are computed, once for the same weights
+    and tokens: they are kept beside the run's folder (``.reference``).
 
     Args:
         train_on_fuse_pairs: Add all held-out pairs so far to every round's training pairs. This
             is the control that gives a baseline the same information; with the strategy
             ``learned`` it leaks, and is refused.
     """
+
+    from_data = True
+    """Whether pairs are read, and not sampled by the policy."""
 
     def __init__(self, train_on_fuse_pairs: bool = False) -> None:
         super().__init__()
@@ -45,6 +51,10 @@ class RoundPairs(RoundCallback):
     @abstractmethod
     def held_out_pairs(self, context: RoundContext) -> Sequence[Pair]:
         """Return new fuse pairs made after a round; the module holds that round's policy."""
+
+    def scored_under(self, context: RoundContext) -> Recipe | None:
+        """Return the merge that log-probabilities which come with pairs are of: the start."""
+        return one_hot(0)
 
     def stages(self) -> dict[str, Stage]:
         """Return the stages that write fuse pairs and training pairs."""
@@ -73,7 +83,8 @@ class RoundPairs(RoundCallback):
         context.put_back()
         pairs = as_table(self.training_pairs(context, index + 1))
         if self.train_on_fuse_pairs:
-            pairs = join(pairs, read_fuse_pool(context.store, index))
+            # two references' log-probabilities do not mix
+            pairs = unscored(join(pairs, read_fuse_pool(context.store, index)))
         else:
             refuse_fuse_prompts(pairs, context.store, index)
         if not pairs:
@@ -90,6 +101,8 @@ class RoundPairs(RoundCallback):
         if getattr(context.receiver, "needs_reference", True):
             recipe = context.store.record(index).recipe or one_hot(0)
             pairs = self._scored(context, pairs, recipe, f"pairs of round {index + 1}")
+        elif not self.from_data:
+            pairs = unscored(pairs)  # under the sampler, which is no reference
         path = context.store.folder(index) / "pairs.parquet"
         write_pairs(path, pairs)
         context.store.update(index, pairs=context.store.relative(path))
@@ -99,13 +112,23 @@ class RoundPairs(RoundCallback):
     def _scored(
         self, context: RoundContext, pairs: PairTable, recipe: Recipe, title: str
     ) -> PairTable:
-        if recipe.snapshots == (0,) and _come_scored(pairs):
-            say(f"{title}: the log-probabilities of the starting policy come with the data")
+        known = self.scored_under(context)
+        if known is not None and known.merges_as(recipe) and _come_scored(pairs):
+            if self.from_data:
+                say(f"{title}: the log-probabilities of the starting policy come with the data")
             return pairs
         context.load(recipe)
         with context.fabric.autocast():
-            logps = score_pairs(context.policy, pairs, token_budget=context.token_budget)
+            logps = cached_logps(
+                context.policy, pairs, context.reference_cache, token_budget=context.token_budget
+            )
         return with_reference(pairs, logps)
+
+
+def unscored(pairs: Sequence[Pair]) -> PairTable:
+    """Return pairs without the log-probabilities that come with them."""
+    unknown = torch.full((len(pairs),), nan)
+    return with_reference(pairs, PairLogps(unknown, unknown))
 
 
 def _come_scored(pairs: PairTable) -> bool:

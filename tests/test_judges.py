@@ -64,12 +64,12 @@ def score(folder: Path, ids: list[int]) -> float:
 
 @pytest.mark.parametrize("make", [save_llama, save_gpt2])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_order_and_batch_size_do_not_change_scores(make: Any, side: str, tmp_path: Path) -> None:
+def test_order_and_token_budget_do_not_change_scores(make: Any, side: str, tmp_path: Path) -> None:
     folder = str(make(tmp_path / "judge", padding_side=side))
-    judge: Judge = RewardModelJudge(folder, batch_size=1, device="cpu")
+    judge: Judge = RewardModelJudge(folder, token_budget=1, device="cpu")
     alone = judge(COMPLETIONS)
     assert len({round(value, 3) for value in alone}) == len(COMPLETIONS)
-    together = RewardModelJudge(folder, batch_size=8, device="cpu")
+    together = RewardModelJudge(folder, token_budget=512, device="cpu")
     assert together(COMPLETIONS) == pytest.approx(alone, abs=1e-4)
     assert together(COMPLETIONS[::-1]) == pytest.approx(alone[::-1], abs=1e-4)
 
@@ -78,15 +78,15 @@ def test_order_and_batch_size_do_not_change_scores(make: Any, side: str, tmp_pat
 def test_rows_are_padded_with_what_the_model_takes_for_padding(pad: str, tmp_path: Path) -> None:
     # the model looks for the last token that is not <pad>, and the tokenizer pads otherwise
     folder = save_llama(tmp_path / "judge", pad_token=pad)
-    alone = RewardModelJudge(str(folder), batch_size=1, device="cpu")(COMPLETIONS)
-    together = RewardModelJudge(str(folder), batch_size=8, device="cpu")(COMPLETIONS)
+    alone = RewardModelJudge(str(folder), token_budget=1, device="cpu")(COMPLETIONS)
+    together = RewardModelJudge(str(folder), token_budget=512, device="cpu")(COMPLETIONS)
     assert together == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_model_without_a_padding_token_takes_the_tokenizers(tmp_path: Path) -> None:
     folder = str(save_llama(tmp_path / "judge", pad_id=None))
-    alone = RewardModelJudge(folder, batch_size=1, device="cpu")(COMPLETIONS)
-    together = RewardModelJudge(folder, batch_size=8, device="cpu")(COMPLETIONS)
+    alone = RewardModelJudge(folder, token_budget=1, device="cpu")(COMPLETIONS)
+    together = RewardModelJudge(folder, token_budget=512, device="cpu")(COMPLETIONS)
     assert together == pytest.approx(alone, abs=1e-4)
 
 

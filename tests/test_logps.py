@@ -1,23 +1,345 @@
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator
 from math import log
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from tpmm_pl.logps import (
-    completion_logps,
-    completion_tokens,
-    sequence_logps,
-    split_pairs,
-    token_logps,
-)
+from tpmm_pl import logps
+from tpmm_pl.logps import head_logps, sequence_logps, split_pairs, token_logps
 from tpmm_pl.types import IGNORE_INDEX
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 9, 8, 32
 FIRST_LABELLED = (3, 1, 5, 0)
 """Where each row's completion begins; position 0 is predicted by nothing."""
+
+STATES = 7
+# not in order; of state 3 three tokens, of which two are the same; of state 5 none
+STATE_OF = torch.tensor([3, 0, 6, 3, 1, 3, 2, 4, 1])
+TARGETS = torch.tensor([9, 31, 0, 4, 5, 9, 17, 17, 6])
+GRADIENT = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.25, 2.0, -0.5, 1.5])
+
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight and bias of a head."""
+
+
+def budget(rows: int) -> int:
+    """Bytes of the float32 logits of so many states."""
+    return 4 * VOCABULARY * rows
+
+
+def inputs(*, bias: bool = True, frozen: bool = False) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(STATES, WIDTH, generator=generator)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    shift = torch.randn(VOCABULARY, generator=generator)
+    for tensor in (weight, shift):
+        tensor.requires_grad_(not frozen)
+    return hidden.requires_grad_(), weight, shift if bias else None
+
+
+def naive(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One log-softmax of everything, in the dtype that the logits have, float32 at least."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return logits.log_softmax(-1)[STATE_OF, TARGETS]
+
+
+def in_float64(given: Inputs) -> Inputs:
+    hidden, weight, bias = (
+        None if one is None else one.detach().double().requires_grad_(one.requires_grad)
+        for one in given
+    )
+    assert hidden is not None
+    assert weight is not None
+    return hidden, weight, bias
+
+
+def gradients(values: Tensor, given: Inputs) -> list[Tensor]:
+    wanted = [one for one in given if one is not None and one.requires_grad]
+    return [*torch.autograd.grad(values, wanted, GRADIENT.to(values.dtype), retain_graph=True)]
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The norm of the difference is within a share of the norm."""
+    difference = (found.double() - expected.double()).norm()
+    assert difference <= tolerance * expected.double().norm()
+
+
+# blocks of 2 rows, and all rows in one
+@pytest.fixture(params=[2 * VOCABULARY, 1 << 19], ids=["blocks", "whole"])
+def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logps, "_CACHED", request.param)
+
+
+@pytest.mark.usefixtures("_block_size")
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_a_log_softmax_in_float64(rows: int, bias: bool) -> None:
+    given = inputs(bias=bias)
+    values = head_logps(*given, STATE_OF, TARGETS, budget=budget(rows))
+    exact = in_float64(given)
+    expected = naive(*exact)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected, atol=5e-6, rtol=0)
+    found = zip(gradients(values, given), gradients(expected, exact), strict=True)
+    for ours, theirs in found:
+        assert ours.dtype == torch.float32
+        assert_near(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+def test_chunks_change_neither_values_nor_gradients(rows: int) -> None:
+    given = inputs()
+    kept = head_logps(*given, STATE_OF, TARGETS)
+    cut = head_logps(*given, STATE_OF, TARGETS, budget=budget(rows))
+    torch.testing.assert_close(cut, kept, atol=1e-6, rtol=0)
+    for ours, theirs in zip(gradients(cut, given), gradients(kept, given), strict=True):
+        assert_near(ours, theirs, 1e-6)
+    with torch.no_grad():
+        assert torch.equal(head_logps(*given, STATE_OF, TARGETS, budget=budget(rows)), cut)
+
+
+def test_a_budget_below_one_state_still_works() -> None:
+    given = inputs()
+    values = head_logps(*given, STATE_OF, TARGETS, budget=1)
+    torch.testing.assert_close(values, head_logps(*given, STATE_OF, TARGETS), atol=1e-6, rtol=0)
+
+
+def test_the_gradient_is_the_slope() -> None:
+    # sums are in float32, so at a step of 1e-2 a slope is known to about 1e-3 of its size
+    given, generator = inputs(), torch.Generator().manual_seed(3)
+    values = head_logps(*given, STATE_OF, TARGETS)
+    for number, gradient in enumerate(gradients(values, given)):
+        direction = torch.randn(gradient.shape, generator=generator)
+        direction /= direction.norm()
+        ends = []
+        for step in (-1e-2, 1e-2):
+            moved = [one.detach() for one in given if one is not None]
+            moved[number] = moved[number] + step * direction
+            logps = head_logps(moved[0], moved[1], moved[2], STATE_OF, TARGETS)
+            ends.append(float((logps.double() * GRADIENT).sum()))
+        slope = (ends[1] - ends[0]) / 2e-2
+        assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3)
+
+
+def test_two_branches_that_begin_alike_cancel() -> None:
+    # chosen and rejected share a state and its token, with opposite gradients
+    given = inputs()
+    state, target = torch.tensor([2, 2]), torch.tensor([5, 5])
+    values = head_logps(*given, state, target)
+    assert values[0] == values[1]
+    (values[0] - values[1]).backward()
+    for tensor in given:
+        assert tensor is not None
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_a_second_backward_pass_gives_the_same_gradient(rows: int) -> None:
+    given = inputs()
+    values = head_logps(*given, STATE_OF, TARGETS, budget=budget(rows))
+    first, second = gradients(values, given), gradients(values, given)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_derivative_of_the_gradient_is_refused() -> None:
+    hidden, weight, bias = inputs()
+    values = head_logps(hidden, weight, bias, STATE_OF, TARGETS)
+    (gradient,) = torch.autograd.grad(values.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_a_frozen_head_gets_no_gradient(rows: int) -> None:
+    given = inputs(frozen=True)
+    head_logps(*given, STATE_OF, TARGETS, budget=budget(rows)).backward(GRADIENT)
+    hidden, weight, bias = given
+    assert bias is not None
+    assert weight.grad is None
+    assert bias.grad is None
+    learning = inputs()
+    head_logps(*learning, STATE_OF, TARGETS, budget=budget(rows)).backward(GRADIENT)
+    assert torch.equal(hidden.grad, learning[0].grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "rows", "products"), [(False, 1000, 3), (True, 1000, 2), (False, 3, 4), (True, 3, 3)]
+)
+def test_a_step_costs_so_many_products_of_the_head(frozen: bool, rows: int, products: int) -> None:
+    given = inputs(frozen=frozen)
+    with FlopCounterMode(display=False) as counter:
+        values = head_logps(*given, STATE_OF, TARGETS, budget=budget(rows))
+        assert counter.get_total_flops() == 2 * STATES * VOCABULARY * WIDTH
+        values.backward(GRADIENT)
+    assert counter.get_total_flops() == products * 2 * STATES * VOCABULARY * WIDTH
+
+
+LOGITS = {(rows, VOCABULARY) for rows in range(1, STATES + 1)}
+"""Shapes; H is larger, so that no weight has one of them."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes the logits that operations make, and how many states products make them of."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.logits: list[Tensor] = []
+        self.states: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.shape in LOGITS:
+            self.logits.append(out)
+            if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+                self.states.append(len(out))
+        return out
+
+    def buffers(self, rows: int) -> set[tuple[int, torch.dtype]]:
+        """Memory that holds logits of so many states and more."""
+        held = [one for one in self.logits if len(one) >= rows]
+        return {(one.untyped_storage().data_ptr(), one.dtype) for one in held}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_held_once_and_become_their_own_gradient(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logps, "_CACHED", 2 * VOCABULARY)
+    given = inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Watch() as watch:
+        head_logps(*given, STATE_OF, TARGETS).backward(GRADIENT)
+    # what the head's own products give, and blocks of two rows, are all that is made
+    ((_, dtype),) = watch.buffers(rows=3)
+    assert dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_the_head_never_sees_more_states_than_the_budget_holds(rows: int) -> None:
+    given = inputs()
+    with Watch() as watch:
+        values = head_logps(*given, STATE_OF, TARGETS, budget=budget(rows))
+        assert sum(watch.states) == STATES
+        values.backward(GRADIENT)
+    assert sum(watch.states) == 2 * STATES, "once more in the backward pass"
+    assert max(watch.states) == rows
+    assert not watch.buffers(rows=rows + 1)
+
+
+# logits are of bfloat16 in both, so values agree as sums in float32 do; chunks add up the weight's
+# gradient in bfloat16, which has 8 bits
+@pytest.mark.usefixtures("_block_size")
+@pytest.mark.parametrize(("rows", "tolerance"), [(1000, 1e-4), (2, 1e-2)])
+def test_under_autocast_it_is_what_the_plain_form_is(rows: int, tolerance: float) -> None:
+    given = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = head_logps(*given, STATE_OF, TARGETS, budget=2 * VOCABULARY * rows)
+        expected = naive(*given)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, expected, atol=5e-6, rtol=0)
+    for ours, theirs in zip(gradients(values, given), gradients(expected, given), strict=True):
+        assert_near(ours, theirs, tolerance)
+
+
+def test_the_gradient_of_a_likely_token_keeps_its_bits_under_autocast() -> None:
+    # p is 0.9990 and 1 - p is what is left of 1: in bfloat16 steps of 1/256 beside 1
+    weight = torch.zeros(3, 2).requires_grad_()
+    hidden = torch.tensor([[1.0, 0.0]])
+    bias = torch.tensor([7.625, 0.0, 0.0])
+    state, target = torch.tensor([0]), torch.tensor([0])
+    with torch.autocast("cpu", torch.bfloat16):
+        head_logps(hidden, weight, bias, state, target).backward()
+    assert weight.grad is not None
+    left = 1 - bias.softmax(0)[0].item()
+    assert weight.grad[0, 0].item() == pytest.approx(left, rel=2**-8)
+    assert weight.grad[1, 0].item() == pytest.approx(-left / 2, rel=2**-8)
+
+
+def test_nothing_to_score_gives_nothing() -> None:
+    _, weight, bias = inputs()
+    hidden = torch.zeros(0, WIDTH, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    values = head_logps(hidden, weight, bias, none, none)
+    assert values.tolist() == []
+    values.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.fixture
+def _group() -> Iterator[None]:
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(given: Inputs, processes: int) -> Inputs:
+    mesh = init_device_mesh("cpu", (processes,))
+    hidden, weight, bias = given
+    assert bias is not None
+    head = [distribute_tensor(one.detach(), mesh, [Shard(0)]) for one in (weight, bias)]
+    return hidden, head[0].requires_grad_(), head[1].requires_grad_()
+
+
+@pytest.mark.usefixtures("_group")
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_a_sharded_head_gives_the_same(rows: int) -> None:
+    given = inputs()
+    expected = head_logps(*given, STATE_OF, TARGETS, budget=budget(rows))
+    shards = sharded(given, 1)
+    values = head_logps(*shards, STATE_OF, TARGETS, budget=budget(rows))
+    assert type(values) is Tensor
+    assert torch.equal(values, expected)
+    for ours, theirs in zip(gradients(values, shards), gradients(expected, given), strict=True):
+        whole = ours.full_tensor() if isinstance(ours, DTensor) else ours
+        assert torch.equal(whole, theirs)
+
+
+def _of_one_process(rank: int, store: str) -> tuple[list[Any], list[Any], dict[str, int]]:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    given = sharded(inputs(), 2)
+    with CommDebugMode() as communication:
+        values = head_logps(*given, STATE_OF, TARGETS, budget=budget(3))
+    counts = {str(name): count for name, count in communication.get_comm_counts().items()}
+    # every process has a batch of its own
+    (values * (1 + rank)).backward(GRADIENT)
+    grads = [one.grad.full_tensor().tolist() for one in given[1:]]  # type: ignore[union-attr]
+    dist.destroy_process_group()
+    return values.tolist(), grads, counts
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_head_average_its_gradient(tmp_path: Path) -> None:
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.starmap(_of_one_process, [(rank, f"{tmp_path}/store") for rank in range(2)])
+    given = inputs()
+    expected = head_logps(*given, STATE_OF, TARGETS)
+    (_, *of_head) = gradients(1.5 * expected, given)
+    for values, grads, counts in results:
+        torch.testing.assert_close(torch.tensor(values), expected, atol=1e-6, rtol=0)
+        for ours, theirs in zip(grads, of_head, strict=True):
+            assert_near(torch.tensor(ours), theirs, 1e-6)
+        assert sum(counts.values()) == 2, "weight and bias are gathered once, not once a chunk"
 
 
 def labels() -> Tensor:
@@ -28,16 +350,11 @@ def labels() -> Tensor:
     return tokens
 
 
-def hidden() -> Tensor:
-    return torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
+def logits() -> Tensor:
+    return torch.randn(ROWS, LENGTH, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
 
-def head() -> nn.Linear:
-    torch.manual_seed(2)
-    return nn.Linear(WIDTH, VOCABULARY)
-
-
-def naive(logits: Tensor, labels: Tensor) -> Tensor:
+def loop(logits: Tensor, labels: Tensor) -> Tensor:
     sums = []
     for row, targets in zip(logits.double(), labels, strict=True):
         total = torch.zeros((), dtype=torch.float64)
@@ -54,74 +371,45 @@ def test_the_log_probabilities_by_hand() -> None:
     assert sequence_logps(logits, torch.tensor([[IGNORE_INDEX, 1, 0]])).item() == pytest.approx(
         log(1 / 4) + log(1 / 2)
     )
-    assert token_logps(logits[0, :1], torch.tensor([0])).item() == pytest.approx(log(3 / 4))
+    state, targets = torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1])
+    expected = [log(3 / 4), log(1 / 2), log(1 / 4)]
+    assert token_logps(logits[0], state, targets).tolist() == pytest.approx(expected)
+    values = head_logps(logits[0], torch.eye(2), None, state, targets)
+    assert values.tolist() == pytest.approx(expected)
+
+
+def test_token_logps_are_those_of_the_head() -> None:
+    hidden, weight, bias = inputs()
+    scores = torch.nn.functional.linear(hidden, weight, bias)
+    values = token_logps(scores, STATE_OF, TARGETS)
+    expected = head_logps(hidden, weight, bias, STATE_OF, TARGETS)
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
 
 
 def test_sequence_logps_equal_a_plain_loop() -> None:
-    logits = head()(hidden())
-    expected = naive(logits, labels()).float()
-    torch.testing.assert_close(sequence_logps(logits, labels()), expected, atol=1e-5, rtol=1e-6)
-
-
-@pytest.mark.parametrize("positions", [1, 2, 5, 1000])
-def test_the_compact_head_equals_the_full_one_in_value_and_gradient(positions: int) -> None:
-    results = []
-    for compact in (True, False):
-        states, layer = hidden().requires_grad_(), head()
-        if compact:
-            budget = 4 * VOCABULARY * positions
-            values = completion_logps(states, labels(), layer, vocabulary=VOCABULARY, budget=budget)
-        else:
-            values = naive(layer(states), labels())
-        weights = torch.arange(1.0, ROWS + 1)
-        (values * weights).sum().backward()
-        results.append((values.double(), states.grad, layer.weight.grad, layer.bias.grad))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-6)
-
-
-def test_the_head_never_sees_more_positions_than_the_budget_holds() -> None:
-    seen: list[int] = []
-    layer = head()
-
-    def counting(states: Tensor) -> Tensor:
-        seen.append(len(states))
-        logits: Tensor = layer(states)
-        return logits
-
-    completion_logps(hidden(), labels(), counting, vocabulary=VOCABULARY, budget=4 * VOCABULARY * 7)
-    predicted = int((labels()[:, 1:] != IGNORE_INDEX).sum())
-    assert sum(seen) == predicted
-    assert predicted < ROWS * (LENGTH - 1)
-    assert max(seen) == 7
-
-
-def test_a_budget_below_one_position_still_works() -> None:
-    values = completion_logps(hidden(), labels(), head(), vocabulary=VOCABULARY, budget=1)
-    torch.testing.assert_close(values, sequence_logps(head()(hidden()), labels()))
-
-
-def test_chunks_are_the_same_without_gradient() -> None:
-    with torch.no_grad():
-        cut = completion_logps(hidden(), labels(), head(), vocabulary=VOCABULARY, budget=512)
-        whole = completion_logps(hidden(), labels(), head())
-    torch.testing.assert_close(cut, whole)
+    given = logits().requires_grad_()
+    values, expected = sequence_logps(given, labels()), loop(given, labels())
+    torch.testing.assert_close(values, expected.float(), atol=1e-5, rtol=1e-6)
+    weights = torch.arange(1.0, ROWS + 1)
+    ours, theirs = (
+        torch.autograd.grad((one * weights).sum(), given)[0] for one in (values, expected)
+    )
+    assert_near(ours, theirs, 1e-6)
 
 
 def test_a_row_without_labels_gives_0() -> None:
     blank = labels()
     blank[1] = IGNORE_INDEX
-    assert completion_logps(hidden(), blank, head())[1].item() == 0
+    assert sequence_logps(logits(), blank)[1].item() == 0
     blank[:] = IGNORE_INDEX
-    assert completion_logps(hidden(), blank, head()).tolist() == [0.0] * ROWS
+    assert sequence_logps(logits(), blank).tolist() == [0.0] * ROWS
 
 
 def test_a_label_at_the_first_position_is_not_predicted() -> None:
     moved = labels()
+    assert moved[3, 0] != IGNORE_INDEX
     moved[3, 0] = IGNORE_INDEX
-    logits = head()(hidden())
-    assert torch.equal(sequence_logps(logits, moved), sequence_logps(logits, labels()))
-    assert completion_tokens(labels()).tolist() == [6.0, 8.0, 2.0, 8.0]
+    assert torch.equal(sequence_logps(logits(), moved), sequence_logps(logits(), labels()))
 
 
 def test_long_completions_are_summed_in_float64() -> None:
@@ -140,6 +428,11 @@ def test_half_precision_logits_are_reduced_in_float32() -> None:
     values = sequence_logps(logits, torch.zeros(1, 3, dtype=torch.long))
     assert values.dtype == torch.float32
     assert values.item() == pytest.approx(-2 * log(32), abs=1e-6)
+    state, targets = torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    weight = torch.zeros(32, 4, dtype=torch.bfloat16)
+    values = head_logps(torch.ones(1, 4, dtype=torch.bfloat16), weight, None, state, targets)
+    assert values.dtype == torch.float32
+    assert values.tolist() == pytest.approx([-log(32)] * 2, abs=1e-6)
 
 
 def test_logits_and_labels_that_disagree_are_refused() -> None:

@@ -198,13 +198,14 @@ def test_samples_of_a_prompt_share_its_prefill(batch_size: int, prefills: list[i
 
 
 def test_equal_prompts_of_other_names_share_their_prefill() -> None:
-    policy, prompt = model(), prompts()[4]
+    policy, first = model(), prompts()[4]
+    second = replace(first, prompt_id="second", ids=first.ids[::-1])
+    twins = [replace(prompt, prompt_id=f"{prompt.prompt_id} again") for prompt in (first, second)]
     memory = Memory(policy)
-    made = sample(policy, [prompt, prompts()[3], replace(prompt, prompt_id="twin")])
-    assert [shape for shape in memory.passes if _is_prefill(shape)] == [(2, 5)]
-    assert made[0].prompt.ids == made[6].prompt.ids
+    made = sample(policy, [first, second, *twins], batch_size=6)
+    assert [shape for shape in memory.passes if _is_prefill(shape)] == [(1, 5), (1, 5)]
     # but not their noise
-    assert [c.ids for c in made[:3]] != [c.ids for c in made[6:]]
+    assert [c.ids for c in made[:3]] != [c.ids for c in made[6:9]]
 
 
 def test_tokens_a_second_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,23 +11,26 @@ from transformers import PreTrainedModel
 from tests.models.tiny import EOS, PAD, tiny_gpt2, tiny_llama
 from tpmm_pl import streaming
 from tpmm_pl.data.batching import collate
+from tpmm_pl.data.packing import pad_tree, pair_rows
 from tpmm_pl.logps import sequence_logps
 from tpmm_pl.merging import assign_groups, linear_merge
 from tpmm_pl.models.scoring import PairScorer
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights
 from tpmm_pl.streaming import StreamedMerge, difference_dots
-from tpmm_pl.types import Pair, StateDict
+from tpmm_pl.types import IGNORE_INDEX, Pair, StateDict
 
 Factory = Callable[..., PreTrainedModel]
 both_models = pytest.mark.parametrize("factory", [tiny_llama, tiny_gpt2])
 
-BATCH = collate(
-    [
-        Pair("a", "", "", "", (6, 7, 8), (9, 10, EOS), (11, EOS)),
-        Pair("b", "", "", "", (12, 6), (13, 14, 15, EOS), (17, 18, EOS)),
-    ],
-    PAD,
-)
+PAIRS = [
+    Pair("a", "", "", "", (6, 7, 8), (9, 10, EOS), (11, EOS)),
+    Pair("b", "", "", "", (12, 6), (13, 14, 15, EOS), (17, 18, EOS)),
+]
+BATCH = collate(PAIRS)
+IDS, MASK = pad_tree(BATCH.tree, PAD)
+LABELS = torch.full_like(IDS, IGNORE_INDEX)
+for number, (prompt, completion) in enumerate(pair_rows(PAIRS)):
+    LABELS[number, len(prompt) : len(prompt) + len(completion)] = torch.tensor(completion)
 K = 3
 
 
@@ -80,10 +83,10 @@ def loss_through_copies(
         )
         for name, row in group_of.items()
     }
-    inputs = {"attention_mask": BATCH.attention_mask, "use_cache": False}
-    logits = functional_call(model, merged, (BATCH.input_ids,), inputs).logits
-    picked = logits.log_softmax(-1)[:, :-1].gather(-1, BATCH.labels[:, 1:, None].clamp(min=0))
-    rows = (picked.squeeze(-1) * (BATCH.labels[:, 1:] >= 0)).sum(-1)
+    inputs = {"attention_mask": MASK, "use_cache": False}
+    logits = functional_call(model, merged, (IDS,), inputs).logits
+    picked = logits.log_softmax(-1)[:, :-1].gather(-1, LABELS[:, 1:, None].clamp(min=0))
+    rows = (picked.squeeze(-1) * (LABELS[:, 1:] >= 0)).sum(-1)
     chosen, rejected = rows.chunk(2)
     return -nn.functional.logsigmoid(chosen - rejected).mean()
 
@@ -253,8 +256,7 @@ def test_bfloat16_parameters_receive_the_merge_rounded_once() -> None:
     for name, tensor in linear_merge(sources, weights).items():
         assert torch.equal(model.get_parameter(name), tensor.bfloat16())
     with merge.gradient() as gradient:
-        labels = BATCH.labels
-        sequence_logps(model(BATCH.input_ids).logits, labels).sum().backward()
+        sequence_logps(model(IDS).logits, LABELS).sum().backward()
     assert gradient.dtype == torch.float64
     assert gradient.isfinite().all()
 

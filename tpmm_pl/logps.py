@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial
 
 from tpmm_pl.types import IGNORE_INDEX, PairLogps
 
@@ -17,6 +18,9 @@ LOGITS_BUDGET = 1 << 30
 
 _CACHED = 1 << 19
 """Logits reduced at once on a processor, so that passes over them find them in its cache."""
+
+_WIDENED = 1 << 26
+"""The same elsewhere: 256 MiB where they are widened to float32."""
 
 
 def head_logps(
@@ -37,8 +41,8 @@ def head_logps(
 
     Args:
         hidden: ``(U, H)``.
-        weight: ``(V, H)``; sharded, it is gathered once.
-        bias: ``(V,)`` or ``None``.
+        weight: ``(V, H)``; sharded, it is gathered once, and the processes' gradients averaged.
+        bias: ``(V,)`` or ``None``; the same.
         state_of: Which of the hidden states predicts each token, ``(S,)`` int64.
         targets: The tokens, ``(S,)`` int64.
         budget: Bytes of logits.
@@ -46,8 +50,7 @@ def head_logps(
     Returns:
         Log-probabilities in nats, ``(S,)`` float32.
     """
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
+    weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -85,17 +88,13 @@ class _Head(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, weight, bias, state_of, targets, sums = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         if logits is None:
             logits = F.linear(hidden, weight, bias)
-        # of a log-probability by its logits: 1 at the target, less the softmax
-        share = torch.zeros_like(sums).index_add_(0, state_of, gradient)
-        for part, norm, of_part in zip(*map(_blocks(logits), (logits, sums, share)), strict=True):
-            part.sub_(norm[:, None]).exp_().mul_(-of_part[:, None])
-        logits.index_put_((state_of, targets), gradient.to(logits.dtype), accumulate=True)
+        _differentiate(logits, sums, state_of, targets, gradient)
         needs = ctx.needs_input_grad
         return (
             logits @ weight if needs[0] else None,
@@ -107,13 +106,40 @@ class _Head(torch.autograd.Function):
         )
 
 
+def _gathered(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # every process has a batch of its own; without a placement each would keep its own gradient
+    average = [Partial("avg")] * parameter.device_mesh.ndim
+    return parameter.full_tensor(grad_placements=average)
+
+
+def _differentiate(
+    logits: Tensor, sums: Tensor, state_of: Tensor, targets: Tensor, gradient: Tensor
+) -> None:
+    # in place, of a log-probability by its logits: 1 at the target, less the softmax
+    share = torch.zeros_like(sums).index_add_(0, state_of, gradient)
+    start = 0
+    for part, norm, of_part in zip(*map(_blocks(logits), (logits, sums, share)), strict=True):
+        # float32 until all is added up: of a likely token, a lower precision would lose 1 - p
+        scores = part.float().sub_(norm[:, None]).exp_().mul_(-of_part[:, None])
+        state = state_of - start
+        inside = (state >= 0) & (state < len(part))
+        # other blocks' tokens add 0; to leave them out, a device would have to count them first
+        places = (state.clamp(0, len(part) - 1), targets)
+        scores.index_put_(places, gradient * inside, accumulate=True)
+        part.copy_(scores)
+        start += len(part)
+
+
 def _log_sums(logits: Tensor) -> Tensor:
     # (U,) float32; a lower precision is widened block by block, never as a whole
     return torch.cat([part.float().logsumexp(-1) for part in _blocks(logits)(logits)])
 
 
 def _blocks(logits: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    size = len(logits) if logits.is_cuda else max(1, _CACHED // logits.shape[1])
+    elements = _CACHED if logits.is_cpu else _WIDENED
+    size = max(1, elements // logits.shape[1])
     return lambda tensor: tensor.split(size)
 
 

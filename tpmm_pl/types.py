@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -180,6 +180,10 @@ class Recipe:
     grouping: str = "model"
     groups: tuple[str, ...] = field(default=("model",))
     """Names of the groups, length G, the order of ``coefficients``."""
+
+    def merges_as(self, other: Recipe) -> bool:
+        """Say whether another recipe is the same merge, whatever strategy made it."""
+        return replace(self, strategy=other.strategy) == other
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

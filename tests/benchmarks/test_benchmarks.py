@@ -129,10 +129,10 @@ def test_the_exact_gradient_sums_to_0_under_a_softmax(tmp_path: Path) -> None:
 def _batch(model: torch.nn.Module) -> PairBatch:
     # within the tiny model's 32 tokens and 128 positions
     pairs = [p for p in fusion.draw_pairs(40, 32) if len(p.prompt_ids) < 60][:2]
-    logps = score_pairs(model, pairs, pad_id=0, batch_size=2)
+    logps = score_pairs(model, pairs)
     # away from the start, where the loss is log 2 and its slope the same for all pairs
     shifted = PairLogps(logps.chosen - 3, logps.rejected + 2)
-    return collate(pairs, 0)._replace(reference=shifted)
+    return collate(pairs)._replace(reference=shifted)
 
 
 def test_operations_of_a_mixture_are_those_of_its_active_experts() -> None:

@@ -66,7 +66,7 @@ def test_fuse_pairs_are_scored_under_the_start(start: LettersPolicy, tmp_path: P
     context = snapshots(tmp_path, start, 1)
     finish_round([letters_pairs(), ReferenceMerge("last")], context)
     pairs = fuse_pairs(context.store, 1)
-    logps = score_pairs(start.load_model(), pairs, pad_id=0, batch_size=128)
+    logps = score_pairs(start.load_model(), pairs)
     assert [pair.ref_chosen_logps for pair in pairs] == logps.chosen.tolist()
     assert [pair.ref_rejected_logps for pair in pairs] == logps.rejected.tolist()
 

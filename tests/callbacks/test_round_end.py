@@ -217,7 +217,7 @@ def test_reference_log_probabilities_are_those_of_the_recipe(
         recipe, pairs = store.record(index).recipe, round_pairs(store, index)
         assert recipe is not None
         materialise(policy, store, recipe)
-        logps = score_pairs(policy, pairs, pad_id=0, batch_size=5)
+        logps = score_pairs(policy, pairs, token_budget=100)
         chosen = torch.tensor([pair.ref_chosen_logps for pair in pairs])
         rejected = torch.tensor([pair.ref_rejected_logps for pair in pairs])
         torch.testing.assert_close(chosen, logps.chosen, rtol=1e-6, atol=1e-6)

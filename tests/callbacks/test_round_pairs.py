@@ -19,6 +19,8 @@ from tests.callbacks.letters_run import (
     snapshots,
 )
 from tpmm_pl.callbacks import OfflinePairs, ReferenceMerge, TrajectorySnapshot, finish_round
+from tpmm_pl.data.table import PairTable
+from tpmm_pl.models.reference_cache import cached_logps
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.toy.judges import LettersProxy
@@ -60,11 +62,11 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pairs each pass has scored."""
     counts: list[int] = []
 
-    def counted(model: Any, pairs: Sequence[Pair], **settings: Any) -> PairLogps:
+    def counted(model: Any, pairs: PairTable, folder: Path, **settings: Any) -> PairLogps:
         counts.append(len(pairs))
-        return score_pairs(model, pairs, **settings)
+        return cached_logps(model, pairs, folder, **settings)
 
-    monkeypatch.setattr("tpmm_pl.callbacks.round_pairs.score_pairs", counted)
+    monkeypatch.setattr("tpmm_pl.callbacks.round_pairs.cached_logps", counted)
     return counts
 
 
@@ -82,7 +84,8 @@ def test_without_need_of_a_reference_only_fuse_pairs_are_scored(
         assert all(
             value < 0 for both in references(fuse_pairs(context.store, index)) for value in both
         )
-    assert scored == [len(fuse_pairs(context.store, index)) for index in (0, 1)]
+    # what the start has sampled comes with its log-probabilities
+    assert scored == [len(fuse_pairs(context.store, 1))]
 
 
 def test_a_run_without_a_reference_learns_and_ships_a_merge(
@@ -136,7 +139,7 @@ def test_reference_columns_of_the_data_are_not_those_of_another_reference(
     context.data = known
     finish_round([ReferenceMerge(strategy), OfflinePairs()], context)
     found = references(round_pairs(context.store, 1))
-    logps = score_pairs(context.policy, known.train_pairs(2), pad_id=0, batch_size=128)
+    logps = score_pairs(context.policy, known.train_pairs(2))
     under_the_last = list(zip(logps.chosen.tolist(), logps.rejected.tolist(), strict=True))
     assert found == (SCORED if used else under_the_last)
 
@@ -148,5 +151,5 @@ def test_where_one_pair_lacks_its_reference_all_are_computed(
     finish_round([TrajectorySnapshot(), OfflinePairs()], context)
     assert scored == [16, 16]
     known = context.data.train_pairs(1)
-    logps = score_pairs(start.load_model(), known, pad_id=0, batch_size=128)
+    logps = score_pairs(start.load_model(), known)
     assert [c for c, _ in references(round_pairs(context.store, 0))] == logps.chosen.tolist()

@@ -121,7 +121,7 @@ def test_gates_measured_on_pairs_are_coefficients_without_learning(
     assert run("consolidate", experts, "--out", out, "--pairs", pairs, *flags) == 0
     printed = json.loads(capsys.readouterr().out)
     model, tokenizer = load_reward_model(str(experts))
-    batch = collate(read_reward_pairs(pairs, tokenizer, max_length=64), PAD)
+    batch = collate(read_reward_pairs(pairs, tokenizer, max_length=64))
     expected = shared_coefficients(mean_gates(model, [batch]).float(), 1, 0.25)
     torch.testing.assert_close(torch.tensor(printed["rows"]), expected, atol=1e-5, rtol=0)
     assert (expected[:, 1:] - 0.25).abs().max() > 1e-3

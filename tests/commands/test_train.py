@@ -131,8 +131,8 @@ def test_a_finished_run_is_recognised_and_a_changed_one_refused(
     assert len(TrajectoryStore(tmp_path / "run" / "trajectory").rounds) == 4
     assert tpmm(*offline, "--model.rounds", 1) == 2
     assert "model.rounds cannot be lowered to 1" in capsys.readouterr().err
-    assert tpmm(*offline, "--trainer.gradient_clip_val", 0.5) == 2
-    assert "trainer.gradient_clip_val (1.0 -> 0.5)" in capsys.readouterr().err
+    assert tpmm(*offline, "--model.gradient_clip_val", 0.5) == 2
+    assert "model.init_args.gradient_clip_val (1.0 -> 0.5)" in capsys.readouterr().err
 
 
 def test_overwriting_keeps_the_old_run_until_the_new_one_has_begun(
@@ -188,7 +188,7 @@ def test_sigterm_leaves_a_checkpoint_and_exit_code_143(
 ) -> None:
     step = DPOModule.training_step
 
-    def interrupted(self: DPOModule, batch: PairBatch, batch_idx: int) -> torch.Tensor:
+    def interrupted(self: DPOModule, batch: list[PairBatch], batch_idx: int) -> torch.Tensor:
         if self.trainer.current_epoch == 1 and batch_idx == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, batch_idx)
@@ -280,6 +280,48 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert sentence in error[-1]
     assert "Traceback" not in "".join(error)
     assert "usage:" not in "".join(error)
+
+
+@pytest.mark.parametrize("place", ["command line", "file"])
+@pytest.mark.parametrize(
+    ("config", "setting", "value", "way_out"),
+    [
+        ("preferences", "gradient_clip_val", 0.5, "set model.gradient_clip_val"),
+        ("preferences", "gradient_clip_algorithm", "value", "leave it out: clipping is by norm"),
+        ("reward_preferences", "accumulate_grad_batches", 4, "set data.batch_size, the pairs of"),
+        ("reward_dense", "gradient_clip_val", 1.0, "set model.gradient_clip_val"),
+        ("fusion", "gradient_clip_val", 1.0, "FusionWeights takes its optimizer steps itself; lea"),
+        ("reward_consolidate", "accumulate_grad_batches", 2, "leave it out"),
+    ],
+)
+def test_a_setting_of_the_trainers_own_steps_names_what_to_set_instead(
+    place: str,
+    config: str,
+    setting: str,
+    value: object,
+    way_out: str,
+    tpmm: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"trainer:\n  {setting}: {value}\n")
+    flags = [f"--trainer.{setting}", value] if place == "command line" else ["--config", overlay]
+    run = tmp_path / "run"
+    base = ["fit", "--config", f"configs/{config}.yaml", "--trainer.default_root_dir", run]
+    # no data, no model: both are looked for later
+    assert tpmm(*base, *flags) == 2
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert f"trainer.{setting} is {value}" in sentence
+    assert way_out in sentence
+    assert not run.exists()
+
+
+def test_a_setting_of_the_trainers_own_steps_that_changes_nothing_is_let_pass(
+    tpmm: Run, offline: list[object]
+) -> None:
+    flags = ["--trainer.accumulate_grad_batches", 1, "--trainer.gradient_clip_algorithm", "norm"]
+    assert tpmm(*offline, *flags, "--trainer.gradient_clip_val", 0, "--model.rounds", 1) == 0
 
 
 def test_a_malformed_line_is_named(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.losses.samples import logps
-from tests.models.tiny import EOS, PAD, tiny_llama, tiny_tokenizer
+from tests.models.tiny import EOS, tiny_llama, tiny_tokenizer
 from tpmm_pl.data.batching import collate
 from tpmm_pl.losses import orpo_loss, preference_loss, simpo_loss
 from tpmm_pl.models.scoring import PairScorer, pair_tokens
@@ -89,7 +89,7 @@ def trl(models: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Or
 
 
 def ours(models: tuple[Any, Any], loss: str | dict[str, float], smoothing: float) -> float:
-    batch = collate(PAIRS, PAD)
+    batch = collate(PAIRS)
     policy, reference = (PairScorer(model)(batch) for model in models)
     losses = preference_loss(loss, beta=0.2, label_smoothing=smoothing)
     return float(losses(policy, reference, pair_tokens(batch)).mean().detach())

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from math import inf, log1p
+from math import inf, log, log1p
 
 import pytest
 import torch
@@ -57,6 +57,14 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
     torch.testing.assert_close(drawn.logps, scores.log_softmax(-1).amax(-1))
 
 
+def test_a_low_temperature_comes_to_the_most_likely_token() -> None:
+    # divided by the temperature, the log-probabilities of so flat a softmax underflow
+    scores = torch.zeros(100, 4_096)
+    scores[:, 7] = 1.0
+    drawn = draw_tokens(scores, random_keys(100), 0, 0.01)
+    assert set(drawn.tokens.tolist()) == {7}
+
+
 def test_a_token_without_probability_is_never_drawn() -> None:
     scores = torch.tensor([-inf, 0.0, -200.0, -inf]).expand(1_000, -1)
     drawn = draw_tokens(scores, random_keys(1_000), 0, 1.0)
@@ -91,6 +99,12 @@ def test_the_noise_is_exponential() -> None:
     # what wins a race is small
     small = noise[noise < 1e-3]
     assert kstest(small.numpy() / 1e-3, "uniform").pvalue > 1e-3
+
+
+def test_the_longest_time_is_finite() -> None:
+    # the first token of these keys whose uniform number rounds to 1 in float32
+    noise = exponential_noise(torch.tensor([84]), 0, 17_539)
+    assert float(noise[0, -1]) == pytest.approx(24 * log(2))
 
 
 @pytest.mark.parametrize(

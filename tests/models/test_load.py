@@ -18,12 +18,13 @@ from tests.models.tiny import (
     tiny_reward_model,
     tiny_tokenizer,
 )
+from tpmm_pl.data.packing import pack_rows
 from tpmm_pl.models import location
 from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.load import PretrainedPolicy, load_reward_model
 from tpmm_pl.models.scoring import PairScorer
-from tpmm_pl.types import IGNORE_INDEX, InputError
+from tpmm_pl.types import InputError
 
 IDS = torch.arange(2, 14).reshape(2, 6)
 
@@ -77,10 +78,8 @@ def test_an_unknown_dtype_names_the_known(folder: Path) -> None:
 
 def step(policy: PreTrainedModel) -> dict[str, Tensor]:
     """Return the gradients of a step as the DPO module takes it."""
-    scorer = PairScorer(policy)
-    labels = IDS.clone()
-    labels[:, :3] = IGNORE_INDEX
-    (-scorer.rows(IDS, torch.ones_like(IDS), labels)).sum().backward()
+    tree = pack_rows([(row[:3], row[3:]) for row in IDS.tolist()])
+    (-PairScorer(policy).rows(tree)).sum().backward()
     return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
 
 

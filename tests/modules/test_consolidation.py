@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from tests.models.tiny import EOS, PAD, tiny_reward_model
+from tests.models.tiny import EOS, tiny_reward_model
 from tpmm_pl.data.batching import collate
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.losses import bradley_terry_loss
@@ -52,11 +52,11 @@ def pairs(seed: int, count: int) -> list[Pair]:
 
 def believed(teacher: torch.nn.Module, made: list[Pair]) -> PairBatch:
     """Both orders of every pair, weighted by what the teacher believes: its d is the optimum."""
-    batch = collate(made, PAD)
+    batch = collate(made)
     with torch.no_grad():
         rewards = RewardScorer(teacher)(batch)
         belief = (rewards.chosen - rewards.rejected).sigmoid()
-    both = collate([*made, *[_swapped(pair) for pair in made]], PAD)
+    both = collate([*made, *[_swapped(pair) for pair in made]])
     return both._replace(weight=torch.cat([belief, 1 - belief]))
 
 
@@ -73,7 +73,7 @@ def loss(model: torch.nn.Module, batch: PairBatch) -> float:
 
 def fit(fusion: ExpertFusion, batch: PairBatch, steps: int) -> Tensor:
     fit_with_fabric(
-        Fabric(accelerator="cpu", devices=1), fusion, [batch] * steps, title="coefficients"
+        Fabric(accelerator="cpu", devices=1), fusion, [[batch]] * steps, title="coefficients"
     )
     fusion.on_train_epoch_end()
     return fusion.coefficients().detach()
@@ -123,7 +123,7 @@ def test_all_weight_on_the_shared_expert_leaves_nothing_to_learn() -> None:
 
 def test_measured_gates_are_where_a_fit_starts() -> None:
     model = specialised()
-    gates = mean_gates(model, [collate(pairs(1, 20), PAD)])
+    gates = mean_gates(model, [collate(pairs(1, 20))])
     assert gates.shape == (2, 3)
     torch.testing.assert_close(gates.sum(-1), torch.ones(2).double())
     fusion = ExpertFusion(shared_coefficient=0.5).bind_experts(model, gates)
@@ -133,8 +133,8 @@ def test_measured_gates_are_where_a_fit_starts() -> None:
 
 def test_mean_gates_weigh_batches_by_their_tokens_and_skip_padding() -> None:
     made = pairs(1, 12)
-    together = mean_gates(specialised(), [collate(made, PAD)])
-    apart = mean_gates(specialised(), [collate([pair], PAD) for pair in made])
+    together = mean_gates(specialised(), [collate(made)])
+    apart = mean_gates(specialised(), [collate([pair]) for pair in made])
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=0)
 
 
@@ -142,7 +142,7 @@ def test_only_the_experts_are_learned_and_no_gradient_is_left() -> None:
     model = specialised()
     embedding = model.get_parameter("model.embed_tokens.weight").detach().clone()
     fusion = ExpertFusion().bind_experts(model)
-    fit(fusion, collate(pairs(1, 8), PAD), 2)
+    fit(fusion, collate(pairs(1, 8)), 2)
     assert torch.equal(model.get_parameter("model.embed_tokens.weight"), embedding)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert list(dict(fusion.named_parameters())) == ["weights"]
@@ -150,7 +150,7 @@ def test_only_the_experts_are_learned_and_no_gradient_is_left() -> None:
 
 def test_a_merge_that_did_not_move_is_told() -> None:
     fusion = ExpertFusion(lr=1e-6).bind_experts(specialised())
-    fit(fusion, collate(pairs(1, 8), PAD), 2)
+    fit(fusion, collate(pairs(1, 8)), 2)
     assert "all 3 coefficients are within 1 % of uniform" in str(fusion.warning())
 
 
@@ -161,7 +161,7 @@ def test_a_collapse_names_the_expert() -> None:
 
 
 def test_a_margin_of_a_pair_counts_as_in_training() -> None:
-    batch = collate(pairs(1, 2), PAD)._replace(margin=torch.tensor([0.0, 2.0]))
+    batch = collate(pairs(1, 2))._replace(margin=torch.tensor([0.0, 2.0]))
     rewards = Rewards(torch.tensor([1.0, 3.0]), torch.zeros(2))
     # log(1 + exp(-1)) both times
     torch.testing.assert_close(ranking(rewards, batch, 1.0), torch.full((2,), 0.3132617))

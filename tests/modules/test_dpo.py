@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from tests.callbacks.recorder import Recorder
-from tests.models.tiny import PAD, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tpmm_pl.cli import main
 from tpmm_pl.data.batching import PairLoader
 from tpmm_pl.models.adapters import LoraSettings
@@ -36,7 +36,7 @@ PAIRS = [pair(7, 8, 9), pair(10, 11, 12, 13), pair(14, 15, 16, 17, 18), pair(19,
 
 
 def scored(source: PretrainedPolicy, pairs: list[Pair]) -> list[Pair]:
-    logps = score_pairs(source.load_model(), pairs, pad_id=PAD, batch_size=8)
+    logps = score_pairs(source.load_model(), pairs)
     columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
     return [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
 
@@ -53,7 +53,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = PairLoader(pairs, batch_size=batch_size, pad_id=PAD, seed=0, epoch=0, shuffle=False)
+    loader = PairLoader(pairs, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
     trainer.fit(module, loader, **settings)
     return trainer
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.models.tiny import EOS, PAD, tiny_llama, tiny_tokenizer
+from tests.models.tiny import EOS, tiny_llama, tiny_tokenizer
 from tpmm_pl.data.batching import collate
 from tpmm_pl.fabric import fit_with_fabric
 from tpmm_pl.losses import dpo_loss
@@ -56,8 +56,8 @@ def pairs(seed: int, count: int = 12) -> list[Pair]:
 
 
 def scored(made: list[Pair]) -> PairBatch:
-    batch = collate(made, PAD)
-    return batch._replace(reference=score_pairs(policy(), made, pad_id=PAD, batch_size=64))
+    batch = collate(made)
+    return batch._replace(reference=score_pairs(policy(), made))
 
 
 TRAINED, HELD_OUT = pairs(seed=1), pairs(seed=2)
@@ -86,7 +86,7 @@ def bound(
 
 
 def fit(module: FusionWeights, batches: Iterable[PairBatch]) -> FusionWeights:
-    fit_with_fabric(FABRIC, module, batches, title="fusion")
+    fit_with_fabric(FABRIC, module, [[batch] for batch in batches], title="fusion")
     return module
 
 
@@ -99,7 +99,7 @@ def preference(store: TrajectoryStore, recipe: Recipe, made: list[Pair]) -> floa
     """The mean of D, how much a merge prefers the chosen completions."""
     model = policy()
     materialise(model, store, recipe)
-    logps = score_pairs(model, made, pad_id=PAD, batch_size=64)
+    logps = score_pairs(model, made)
     return float((logps.chosen - logps.rejected).mean())
 
 
@@ -278,7 +278,7 @@ def test_every_objective_improves_along_its_fit(
 
 def test_the_objectives_by_hand() -> None:
     # completions of 2 and 1 tokens: -4 and -3 nats are -2 and -3 a token
-    batch = collate([Pair("p", "", "", "", (6,), (7, EOS), (EOS,))], PAD)
+    batch = collate([Pair("p", "", "", "", (6,), (7, EOS), (EOS,))])
     batch = batch._replace(reference=PairLogps(torch.tensor([-5.0]), torch.tensor([-2.0])))
     merged = PairLogps(torch.tensor([-4.0]), torch.tensor([-3.0]))
     # D is -1 under the merge and -3 under the start
@@ -317,8 +317,9 @@ def trainer(root: Path, **settings: Any) -> Trainer:
     )
 
 
-def loader(batches: list[PairBatch]) -> DataLoader[PairBatch]:
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+def loader(batches: list[PairBatch]) -> DataLoader[list[PairBatch]]:
+    steps = [[batch] for batch in batches]
+    return DataLoader(steps, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from tests.models.tiny import PAD, tiny_reward_model, tiny_tokenizer
+from tests.models.tiny import tiny_reward_model, tiny_tokenizer
 from tpmm_pl.data.batching import PairLoader, collate
+from tpmm_pl.data.packing import pad_tree
 from tpmm_pl.data.rewards import evaluation_loaders
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.adapters import LoraSettings
@@ -94,7 +95,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = PairLoader(pairs, batch_size=batch_size, pad_id=PAD, seed=0, epoch=0, shuffle=False)
+    loader = PairLoader(pairs, batch_size=batch_size, seed=0, epoch=0, shuffle=False)
     trainer.fit(module, loader, **settings)
     return trainer
 
@@ -121,7 +122,7 @@ def test_the_first_loss_of_a_head_of_zeros_is_log_2(tmp_path: Path) -> None:
 
 def test_the_loss_is_that_of_the_scores_with_every_setting(folder: str) -> None:
     steps, pairs = Steps(), [replace(p, weight=k + 0.5) for k, p in enumerate(PAIRS)]
-    batch = collate(pairs, PAD)
+    batch = collate(pairs)
     with torch.no_grad():
         rewards = RewardScorer(PretrainedReward(folder).load_model())(batch)
     losses = bradley_terry_loss(*rewards, margin=batch.margin, label_smoothing=0.2, centring=0.3)
@@ -173,7 +174,7 @@ def test_the_last_routings_are_there_to_look_at(folder: str) -> None:
     module = RewardModule(PretrainedReward(folder, moe=MOE), SGD)
     fit(module)
     assert len(module.routings) == 2
-    tokens = int(collate(PAIRS[2:], PAD).attention_mask.sum())
+    tokens = int(pad_tree(collate(PAIRS[2:]).tree)[1].sum())
     for routing in module.routings.values():
         # two routed experts a token that is no padding
         assert int(routing.counts.sum()) == 2 * tokens
@@ -216,11 +217,11 @@ class TestHeldOutPairs:
     def test_every_domain_is_logged_by_its_name(self, folder: str) -> None:
         module = RewardModule(PretrainedReward(folder), partial(torch.optim.SGD, lr=0.0))
         domains = {"in_domain": PAIRS[:3], "out_of_domain": PAIRS[3:]}
-        loaders = evaluation_loaders(domains, pad_id=PAD, batch_size=2)
+        loaders = evaluation_loaders(domains, batch_size=2)
         metrics = fit(module, val_dataloaders=loaders).callback_metrics
         for domain, pairs in domains.items():
             with torch.no_grad():
-                rewards = RewardScorer(module.reward)(collate(pairs, PAD))
+                rewards = RewardScorer(module.reward)(collate(pairs))
             expected = {name: float(value) for name, value in reward_metrics(rewards).items()}
             for name in ("accuracy", "margin"):
                 found = float(metrics[f"eval/{name}/{domain}"])

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tests.models.tiny import PAD, WORDS, tiny_tokenizer
+from tests.models.tiny import WORDS, tiny_tokenizer
 from tpmm_pl.data.batching import PairLoader
 from tpmm_pl.data.rows.formats import RawPair
 from tpmm_pl.data.tokens.chat import tokenize_pairs
@@ -124,7 +124,7 @@ def tokenized(rows: list[Row]) -> list[Pair]:
 
 def scored_under(model: PreTrainedModel, pairs: list[Pair]) -> list[Pair]:
     """Write a model's log-probabilities to the pairs as their reference."""
-    logps = score_pairs(model, pairs, pad_id=PAD, batch_size=16)
+    logps = score_pairs(model, pairs)
     columns = zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
     return [replace(p, ref_chosen_logps=c, ref_rejected_logps=r) for p, c, r in columns]
 
@@ -141,7 +141,7 @@ def fit(module: LightningModule, pairs: list[Pair]) -> list[dict[str, float]]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = PairLoader(pairs, batch_size=BATCH, pad_id=PAD, seed=0, epoch=0, shuffle=False)
+    loader = PairLoader(pairs, batch_size=BATCH, seed=0, epoch=0, shuffle=False)
     trainer.fit(module, loader)
     assert len(metrics.logs) == STEPS
     return metrics.logs

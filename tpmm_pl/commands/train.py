@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
 from tpmm_pl.commands.mistakes import sentence
 from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
 from tpmm_pl.data.rewards import RewardPairs
+from tpmm_pl.modules.fusion import FusionWeights
+from tpmm_pl.modules.packed_steps import PackedSteps
 from tpmm_pl.report.figures import gold_proxy_figure
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, RunError
@@ -33,6 +36,16 @@ CALLBACK_GROUPS = (
     "checkpoint",
 )
 """Named optional callbacks of a config; one flag reaches each: ``--reference.strategy last``."""
+
+_STEP_SETTINGS: dict[str, tuple[tuple[object, ...], str]] = {
+    "gradient_clip_val": ((None, 0), "set model.gradient_clip_val"),
+    "gradient_clip_algorithm": ((None, "norm"), "leave it out: clipping is by norm"),
+    "accumulate_grad_batches": (
+        (1,),
+        "set data.batch_size, the pairs of a step, and data.token_budget, the tokens at once",
+    ),
+}
+"""The Trainer's settings of optimizer steps: values without effect, and what to do instead."""
 
 logger = logging.getLogger("tpmm_pl")
 
@@ -59,6 +72,7 @@ class RunCLI(LightningCLI):
         root = settings.trainer.default_root_dir
         if root is None:
             raise InputError("set trainer.default_root_dir, the folder of the run")
+        _refuse_step_settings(settings)
         self._folder = RunFolder(Path(root))
         written = yaml.safe_load(self._parser(self.subcommand).dump(settings, skip_none=False))
         # of this call, not of the run
@@ -130,6 +144,21 @@ class RunCLI(LightningCLI):
     def _model_setting(self, name: str) -> int | None:
         value: int | None = self.config[self.subcommand].model.init_args.get(name)
         return value
+
+
+def _refuse_step_settings(settings: Any) -> None:
+    module, _, name = settings.model.class_path.rpartition(".")
+    kind = getattr(import_module(module), name)
+    if not issubclass(kind, PackedSteps | FusionWeights):
+        return
+    for setting, (neutral, instead) in _STEP_SETTINGS.items():
+        value = settings.trainer[setting]
+        if value not in neutral:
+            way_out = instead if issubclass(kind, PackedSteps) else "leave it out"
+            raise InputError(
+                f"trainer.{setting} is {value}, but {name} takes its optimizer steps itself;"
+                f" {way_out}"
+            )
 
 
 def train() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import eq
 from typing import Any, overload
@@ -41,8 +41,7 @@ SCHEMA = pa.schema(
 MESSAGES = pa.field("messages", pa.string())
 """The conversation behind a prompt as JSON, null for a plain text; not of a pair."""
 
-_TEXTS, _IDS, _NUMBERS = SCHEMA.names[:4], SCHEMA.names[4:7], SCHEMA.names[7:]
-_LARGE = _TEXTS + _IDS
+_TEXTS, _LARGE, _NUMBERS = SCHEMA.names[:4], SCHEMA.names[:7], SCHEMA.names[7:]
 _SWAPPED = {"chosen": "rejected", "chosen_ids": "rejected_ids"}
 _SWAPPED |= {rejected: chosen for chosen, rejected in _SWAPPED.items()}
 
@@ -94,13 +93,23 @@ class PairTable(Sequence[Pair]):
     def __getitem__(self, index: int | slice) -> Pair | PairTable:
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
-        row, swapped = int(self.rows[index]), bool(self.swapped[index])
-        names = {name: _SWAPPED.get(name, name) if swapped else name for name in _LARGE}
-        cells = {name: self.columns.column(column)[row] for name, column in names.items()}
-        values: dict[str, Any] = {name: cells[name].as_py() for name in _TEXTS}
-        # by way of numpy: as_py makes a scalar of every token
-        values |= {name: tuple(cells[name].values.to_numpy().tolist()) for name in _IDS}
-        return Pair(**values, **{name: self.numbers[name][index].item() for name in _NUMBERS})
+        return next(iter(self.select([range(len(self))[index]])))
+
+    def __getitems__(self, indices: Sequence[int]) -> PairTable:
+        """Return the pairs of a batch, as a ``DataLoader`` asks for them."""
+        return self.select(indices)
+
+    def __iter__(self) -> Iterator[Pair]:
+        columns = [self.columns.column(name) for name in _LARGE]
+        exchanged = [self.columns.column(_SWAPPED.get(name, name)) for name in _LARGE]
+        numbers = zip(*(self.numbers[name].tolist() for name in _NUMBERS), strict=True)
+        rows = zip(self.rows.tolist(), self.swapped.tolist(), numbers, strict=True)
+        for row, swapped, values in rows:
+            cells = [column[row] for column in (exchanged if swapped else columns)]
+            texts = [cell.as_py() for cell in cells[: len(_TEXTS)]]
+            # by way of numpy: as_py makes a scalar of every token
+            ids = [tuple(cell.values.to_numpy().tolist()) for cell in cells[len(_TEXTS) :]]
+            yield Pair(*texts, *ids, *values)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -165,6 +174,16 @@ class PairTable(Sequence[Pair]):
         own, other = (self.columns.column(one).chunks for one in (name, _SWAPPED.get(name, name)))
         both = pa.chunked_array([*own, *other], type=self.columns.column(name).type)
         return both.take(self.rows + len(self.columns) * self.swapped)
+
+    def token_rows(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """Return (prompt, completion) of all chosen, then of all rejected sequences, uncopied."""
+        prompts, ones, others = (
+            [column[row].values.to_numpy() for row in self.rows.tolist()]
+            for column in map(self.columns.column, ("prompt_ids", "chosen_ids", "rejected_ids"))
+        )
+        for at in np.flatnonzero(self.swapped):
+            ones[at], others[at] = others[at], ones[at]
+        return [*zip(prompts, ones, strict=True), *zip(prompts, others, strict=True)]
 
     def prompts(self) -> list[Prompt]:
         """Return the distinct prompts in the order of the pairs."""

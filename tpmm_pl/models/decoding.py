@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from tpmm_pl.models.draws import draw_tokens
+from tpmm_pl.models.roomy_cache import roomy_cache, rows_can_be_chosen
 
 Tokens = tuple[int, ...]
 
@@ -45,14 +45,12 @@ class Decoded(NamedTuple):
 def shares_prefill(model: nn.Module) -> bool:
     """Tell whether rows of the model's cache can be copied and dropped, as :func:`decode` does.
 
-    Keys and values can, all of them or those in a sliding window. The states of recurrent layers
-    and of encoders are kept in other ways.
+    Rows of keys and values can; recurrent states and those of encoders are kept in other ways.
     """
     inner = _inner(model)
     if inner.config.is_encoder_decoder or "past_key_values" not in _inputs(inner):
         return False
-    layers = DynamicCache(config=inner.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return rows_can_be_chosen(roomy_cache(inner.config))
 
 
 @torch.no_grad()
@@ -135,7 +133,7 @@ class _CachedForward:
         inner = _inner(model)
         self._model = model
         self._known = _inputs(inner)
-        self._cache = DynamicCache(config=inner.config)
+        self._cache = roomy_cache(inner.config)
         self._padded: bool | None = None
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -181,10 +179,9 @@ class _KeyedDraws(LogitsProcessor):
 
 def _cut(tokens: Tensor, logps: Tensor, settings: Decoding) -> list[Decoded]:
     # behind its end token a row holds whatever
-    made = []
+    made, ends = [], set(settings.end_ids)
     for ids, row in zip(tokens.tolist(), logps.tolist(), strict=True):
-        ends = (i + 1 for i, token in enumerate(ids) if token in settings.end_ids)
-        length = next(ends, len(ids))
+        length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
         made.append(Decoded(tuple(ids[:length]), tuple(row[:length])))
     return made
 

@@ -69,7 +69,7 @@ def exponential_noise(keys: Tensor, position: int, vocabulary: int) -> Tensor:
     bits = _mix_32(tokens + (state >> 32).int(), state.int())
     uniform = bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
     # rounding reaches 1, whose logarithm is infinite
-    return uniform.neg_().log1p_().neg_()
+    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
 _WEYL = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tpmm_pl.data.batching import cut_by_tokens
 from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pad_tree
 from tpmm_pl.files import write_text
 from tpmm_pl.models.adapters import LoraSettings, with_adapters
@@ -23,7 +22,13 @@ from tpmm_pl.models.export import export_model
 from tpmm_pl.models.load import PretrainedPolicy, load_reward_model, switch_off_dropout
 from tpmm_pl.models.moe_checkpoint import save_moe
 from tpmm_pl.models.padding import separate_padding, use_padding
-from tpmm_pl.models.tree_pass import TreePass, evaluating, on_device, unwrapped
+from tpmm_pl.models.tree_pass import (
+    TreePass,
+    evaluating,
+    note_refusal,
+    on_device,
+    unwrapped,
+)
 from tpmm_pl.moe.convert import moe_layers, upcycle
 from tpmm_pl.moe.routing import MoESettings
 from tpmm_pl.types import InputError, PairBatch, Rewards, TokenTree
@@ -46,6 +51,8 @@ class RewardScorer:
         self.model = model
         self._parts = _backbone_and_head(model)
         self._pass = None if self._parts is None else TreePass(model, self._parts[0])
+        if self._parts is None:
+            note_refusal(model, "it is no decoder with a linear head")
         # what a router records is of one forward: all rows at once
         self._whole = bool(moe_layers(model))
 
@@ -65,7 +72,7 @@ class RewardScorer:
             scores = self.model(input_ids=ids, attention_mask=mask).logits
             return cast(Tensor, scores).squeeze(-1).float()
         if self._pass.packs:
-            last = self._pass.packed(tree)[tree.leaves]
+            last = self._pass.packed(tree, tree.leaves)
         else:
             rows = torch.arange(len(tree.leaves), device=tree.leaves.device)
             last = self._pass.padded(tree, rows, tree.leaves, whole=self._whole)
@@ -96,14 +103,28 @@ def score_rows(
     """
     device = next(scorer.model.parameters()).device
     scores = torch.empty(len(rows))
-    # sorted, rows that begin alike are neighbours
-    order = sorted(range(len(rows)), key=lambda row: rows[row])
-    lengths = np.array([(0, len(rows[row])) for row in order])
-    for part in cut_by_tokens(range(len(rows)), lengths, token_budget):
-        chosen = [order[place] for place in part]
+    for chosen in _cut(rows, token_budget):
         tree = on_device(pack_rows([((), rows[row]) for row in chosen]), device)
         scores[chosen] = scorer.rows(tree).cpu()
     return scores
+
+
+def _cut(rows: Sequence[tuple[int, ...]], token_budget: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    tokens = token_budget
+    # sorted, rows that begin alike are neighbours
+    for row in sorted(range(len(rows)), key=lambda row: rows[row]):
+        known = _common(rows[batches[-1][-1]], rows[row]) if batches else 0
+        if tokens + len(rows[row]) - known > token_budget:
+            batches.append([])
+            tokens = known = 0
+        batches[-1].append(row)
+        tokens += len(rows[row]) - known
+    return batches
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
 
 
 class PretrainedReward:

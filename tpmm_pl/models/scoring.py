@@ -51,9 +51,7 @@ class PairScorer:
         if not self._pass.packs:
             values = self._pass.padded(tree, tree.row_of, tree.states[tree.state_of])
             return values, torch.arange(len(values), device=values.device)
-        if self._parts is None:
-            return self._pass.packed(tree, logits_to_keep=tree.states), tree.state_of
-        return self._pass.packed(tree)[tree.states], tree.state_of
+        return self._pass.packed(tree, tree.states), tree.state_of
 
 
 def pair_tokens(batch: PairBatch) -> PairLogps:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,13 +61,24 @@ class TreeMask:
     """
 
     tree: TokenTree
-    chains: list[Chain] = field(init=False)
+    sizes: list[int] = field(init=False)
+    """Numbers of tokens of the parts that a row is cut into for its chains."""
+    seen: list[list[int]] = field(init=False)
+    """Which of these parts each chain sees."""
     _masks: dict[Any, Tensor | None] = field(default_factory=dict)
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Cut the tree into chains."""
-        self.chains = chains(self.tree.ends.cpu().numpy())
+    @cached_property
+    def chains(self) -> list[Chain]:
+        """The tree cut into chains; asked for where attention runs chain by chain."""
+        return chains(self.tree.ends.cpu().numpy())
+        edges = sorted({edge for chain in self.chains for span in chain.seen for edge in span})
+        self.sizes = [stop - start for start, stop in pairwise(edges)]
+        part = {edge: number for number, edge in enumerate(edges)}
+        self.seen = [
+            [number for start, stop in chain.seen for number in range(part[start], part[stop])]
+            for chain in self.chains
+        ]
 
     def of_chain(self, number: int, window: int | None, like: Tensor) -> Tensor | None:
         """Return what is added to the scores of a chain, ``(tokens, seen)``; ``None``: causal.
@@ -167,7 +178,8 @@ def tree_attention(
         ``(1, T, heads, width)``, and no weights.
 
     Raises:
-        ValueError: If the model hands over what a tree has no form of, as attention sinks.
+        ValueError: If the model hands over what a tree has no form of, as attention sinks, or
+            keeps its window to itself.
     """
     if tree is None:
         kwargs |= {"scaling": scaling, "dropout": dropout}
@@ -175,6 +187,8 @@ def tree_attention(
         kwargs |= {name: value for name, value in given.items() if value is not None}
         return _attention(otherwise, module)(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if sliding_window is None and _slides(module):
+        unknown.append("a window in its mask only")
     if unknown:
         raise ValueError(f"attention with {', '.join(unknown)} has no form for token trees")
     if query.is_cuda:
@@ -185,61 +199,30 @@ def tree_attention(
     attend = partial(_attend, scale=scaling, softcap=softcap, dropout=dropout)
     # autocast may hand over values in another dtype than rotated queries and keys
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return _Chained.apply(query, key, value, tree, sliding_window, attend), None  # type: ignore[no-untyped-call]
+    return _chained(query, key, value, tree, sliding_window, attend), None
 
 
-class _Chained(torch.autograd.Function):
-    """Attention chain by chain, each in a graph of its own.
-
-    Slices of one graph would give the backward pass a zero-filled gradient of the whole row for
-    every chain, head and layer; here gradients are written into place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tree: TreeMask,
-        window: int | None,
-        attend: Callable[..., Tensor],
-    ) -> Tensor:
-        train = any(ctx.needs_input_grad)
-        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        ctx.graphs, ctx.tree, ctx.shapes = [], tree, (query.shape, key.shape, value.shape)
-        for number, chain in enumerate(tree.chains):
-            inputs = (_part(query, (chain.span,)), _part(key, chain.seen), _part(value, chain.seen))
-            mask = tree.of_chain(number, window, query)
-            with torch.set_grad_enabled(train):
-                leaves = [tensor.detach().requires_grad_(train) for tensor in inputs]
-                attended = attend(*leaves, mask)
-            out[:, slice(*chain.span)] = attended.detach().transpose(1, 2)
-            if train:
-                ctx.graphs.append((attended, leaves))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
-        query, key, value = (gradient.new_zeros(shape) for shape in ctx.shapes)
-        for chain, (attended, leaves) in zip(ctx.tree.chains, ctx.graphs, strict=True):
-            into = gradient[:, slice(*chain.span)].transpose(1, 2)
-            of_query, of_key, of_value = torch.autograd.grad(attended, leaves, into)
-            query[:, :, slice(*chain.span)] = of_query
-            start = 0
-            for span in chain.seen:
-                stop = start + span[1] - span[0]
-                key[:, :, slice(*span)] += of_key[:, :, start:stop]
-                value[:, :, slice(*span)] += of_value[:, :, start:stop]
-                start = stop
-        ctx.graphs.clear()
-        return query, key, value, None, None, None
+def _chained(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeMask,
+    window: int | None,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    # cut once and joined once: of a slice for every chain, head and layer the backward pass would
+    # make a zero-filled gradient of the whole row
+    queries = query.split([stop - start for start, stop in (c.span for c in tree.chains)], dim=2)
+    keys, values = key.split(tree.sizes, dim=2), value.split(tree.sizes, dim=2)
+    attended = [
+        attend(part, _join(keys, seen), _join(values, seen), tree.of_chain(number, window, query))
+        for number, (part, seen) in enumerate(zip(queries, tree.seen, strict=True))
+    ]
+    return torch.cat([part.transpose(1, 2) for part in attended], dim=1)
 
 
-def _part(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
-    parts = [tensor[:, :, slice(*span)] for span in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+def _join(parts: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+    return torch.cat([parts[number] for number in chosen], dim=2)
 
 
 def _attend(
@@ -266,6 +249,14 @@ def _attend(
     return F.dropout(weights, dropout) @ value
 
 
+def _slides(module: nn.Module) -> bool:
+    # by its configuration: short rows would not show that a window is missing
+    config: Any = getattr(module, "config", None)
+    layers = getattr(config, "layer_types", None)
+    layer = "sliding_attention" if layers is None else layers[int(cast(Any, module).layer_idx)]
+    return layer == "sliding_attention" and getattr(config, "sliding_window", None) is not None
+
+
 def _attention(name: str, module: nn.Module) -> Callable[..., Any]:
     if name == "eager":
         # not in the registry: every family's file has its own
@@ -283,9 +274,7 @@ def attend_trees(model: PreTrainedModel) -> bool:
         Whether its attention is one that can be replaced, in all layers.
     """
     config = model.config
-    name = str(config._attn_implementation)
-    if name.startswith(_PREFIX):
-        return True
+    name = str(config._attn_implementation).removeprefix(_PREFIX)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or _PLAIN_LAYERS)
     if not getattr(model, "_supports_attention_backend", False) or not layers <= _PLAIN_LAYERS:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from tpmm_pl.data.notices import say
 from tpmm_pl.data.packing import pack_rows, pad_tree
+from tpmm_pl.models.last_layer import last_feed_forward, only_at
 from tpmm_pl.models.location import first_line
 from tpmm_pl.models.tree_attention import TreeMask, attend_trees
+from tpmm_pl.moe.convert import moe_layers
 from tpmm_pl.types import TokenTree
 
 _refusals: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
@@ -34,26 +36,34 @@ class TreePass:
 
     def __init__(self, model: nn.Module, part: nn.Module) -> None:
         self.part = part
-        inner = unwrapped(model)
+        self._has_head = part is model
+        self._inner = inner = unwrapped(model)
+        # a mixture's router records all tokens
+        self._last = None if moe_layers(inner) else last_feed_forward(inner)
         if inner not in _refusals:
-            _refusals[inner] = reason = self._refusal(model)
-            if reason is not None:
-                name = type(inner).__name__
-                say(f"{name} cannot be packed as a token tree ({reason}); its batches are padded")
+            note_refusal(inner, self._refusal(model))
         self.packs = _refusals[inner] is None
 
-    def packed(self, tree: TokenTree, **options: Any) -> Tensor:
-        """Return the output at every token, ``(T, ..)``; only if it ``packs``.
+    def packed(self, tree: TokenTree, tokens: Tensor) -> Tensor:
+        """Return the output at some tokens, ``(M, ..)``; only if it ``packs``.
 
         Args:
             tree: The batch.
-            **options: Of the part's forward pass.
+            tokens: ``(M,)`` indices into the tree.
         """
-        output = self.part(
-            input_ids=tree.tokens[None], position_ids=tree.positions[None], tree=TreeMask(tree),
-            use_cache=False, **options,
-        )  # fmt: skip
-        return _values(output)[0]
+        # again: another attention may have been chosen since
+        attend_trees(cast(PreTrainedModel, self._inner))
+        # of four dimensions it is left alone; from none a decoder would make one of (T, T)
+        mask = torch.zeros(1, 1, 1, 1, device=tree.tokens.device)
+        options = {"logits_to_keep": tokens} if self._has_head else {}
+        with self._narrowed(tokens):
+            output = self.part(
+                input_ids=tree.tokens[None], position_ids=tree.positions[None], tree=TreeMask(tree),
+                attention_mask=mask, use_cache=False, **options,
+            )  # fmt: skip
+        values = _values(output)[0]
+        # a backbone keeps no selection, nor does every language model
+        return values[tokens] if len(values) == len(tree.tokens) else values
 
     def padded(
         self, tree: TokenTree, rows: Tensor, tokens: Tensor, *, whole: bool = False
@@ -82,6 +92,13 @@ class TreePass:
             order.append(places[chosen])
         return torch.cat(values)[torch.cat(order).argsort()]
 
+    def _narrowed(self, tokens: Tensor) -> AbstractContextManager[None]:
+        # a checkpointed block computes again in the backward pass, outside of this
+        checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in self.part.modules())
+        if self._last is None or checkpointed:
+            return nullcontext()
+        return only_at(self._last, tokens)
+
     def _refusal(self, model: nn.Module) -> str | None:
         inner = unwrapped(model)
         if not isinstance(inner, PreTrainedModel) or not attend_trees(inner):
@@ -92,7 +109,7 @@ class TreePass:
         tokens = tree.states[tree.state_of]
         with evaluating(model), torch.no_grad():
             try:
-                packed = self.packed(tree)[tokens]
+                packed = self.packed(tree, tokens)
             except Exception as error:  # whatever a family's own code raises
                 return first_line(error)
             padded = self.padded(tree, tree.row_of, tokens, whole=True)
@@ -101,6 +118,15 @@ class TreePass:
         if difference <= torch.finfo(packed.dtype).eps ** 0.6:
             return None
         return f"a tree differs from rows by {difference:.0e}"
+
+
+def note_refusal(model: nn.Module, reason: str | None) -> None:
+    """Remember whether a model can be packed; where not, a line says why, once a model."""
+    inner = unwrapped(model)
+    if reason is not None and inner not in _refusals:
+        name = type(inner).__name__
+        say(f"{name} cannot be packed as a token tree ({reason}); its batches are padded")
+    _refusals[inner] = reason
 
 
 def length_groups(attention_mask: Tensor) -> list[tuple[Tensor, int]]:

@@ -129,8 +129,8 @@ class DPOModule(PackedSteps, LightningModule):
                 f"loss {self.loss}: no reference, the rounds' pairs are not scored under one"
             )
 
-    def training_step(self, batch: list[PairBatch], batch_idx: int) -> None:
-        """Take an optimizer step on the weighted mean loss of all pairs."""
+    def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
+        """Take an optimizer step on the weighted mean loss of all pairs; return that loss."""
         parts: list[dict[str, Tensor]] = []
         scored: list[PairLogps] = []
 
@@ -150,6 +150,7 @@ class DPOModule(PackedSteps, LightningModule):
         metrics = {"loss": self.loss.total(means), **named}
         metrics |= self._rewards(_joined(scored), reference, tokens)
         self.log_dict(metrics, batch_size=len(reference.chosen))
+        return metrics["loss"]
 
     def on_train_batch_start(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Set the learning rate from the position within the round."""

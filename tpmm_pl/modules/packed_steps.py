@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpmm_pl.types import InputError, PairBatch, RunError
+from tpmm_pl.types import PairBatch, RunError
 
 
 class PackedSteps:
@@ -23,7 +23,6 @@ class PackedSteps:
     automatic_optimization = False
 
     manual_backward: Any
-    clip_gradients: Any
     optimizers: Any
     trainer: Any
 
@@ -60,12 +59,8 @@ class PackedSteps:
         return block()  # type: ignore[no-any-return]
 
     def _clip(self, optimizer: Any, norm: float) -> None:
-        try:
-            self.clip_gradients(optimizer, gradient_clip_val=norm, gradient_clip_algorithm="norm")
-        except RuntimeError as error:
-            if "unscaling" not in str(error):
-                raise
-            raise InputError(
-                f"gradient_clip_val {norm} does not go with a fused optimizer under"
-                f" trainer.precision {self.trainer.precision}; set the optimizer's fused to false"
-            ) from error
+        # not self.clip_gradients: it refuses a fused optimizer under mixed precision, and clips
+        # what a scaler has scaled; gradients are scaled until the step, and so is the norm here
+        precision = self.trainer.precision_plugin
+        scaler = getattr(precision, "scaler", None)
+        precision.clip_grad_by_norm(optimizer, norm * (scaler.get_scale() if scaler else 1.0))

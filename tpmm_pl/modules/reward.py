@@ -92,18 +92,18 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         """Take the model's backbone and head apart once."""
         self._scorer = RewardScorer(self.reward)
 
-    def training_step(self, batch: list[PairBatch], batch_idx: int) -> None:
+    def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
         """Take an optimizer step on the weighted mean loss, the experts' balance included."""
+        step = self.global_step
         losses: list[Tensor] = []
         scored: list[Rewards] = []
         routed: list[dict[str, Routing]] = []
 
         def loss_of(micro: PairBatch) -> Tensor:
-            numbers = run_seed(), self.global_step, batch_idx, self.global_rank, len(losses)
+            numbers = run_seed(), step, batch_idx, self.global_rank, len(losses)
             seen = self._scorer.seen(micro.tree)
             with recorded_routing(self.reward, seen, generator_of(*numbers)) as routings:
                 rewards = self._scorer(micro)
-            refuse_not_finite(rewards, self.global_step)
             loss = (self._losses(rewards, micro.margin) * micro.weight).mean()
             if routings:
                 loss = loss + self.balance * total_balance_loss(routings)
@@ -115,11 +115,16 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         self.step(batch, loss_of)
         self.routings = {name: joined([r[name] for r in routed]) for name in routed[0]}
         rewards = Rewards(*map(torch.cat, zip(*scored, strict=True)))
+        every = self.trainer.log_every_n_steps
+        # looking at values waits for the device: not more often than the logger does
+        if step == 0 or (every and step % every == 0):
+            refuse_not_finite(rewards, step)
         pairs = len(rewards.chosen)
         metrics = {"loss": torch.stack(losses).sum() / pairs, **reward_metrics(rewards)}
         if self.routings:
             metrics["balance_loss"] = total_balance_loss(self.routings)
         self.log_dict(metrics, batch_size=pairs)
+        return metrics["loss"]
 
     def _losses(self, rewards: Rewards, margin: Tensor) -> Tensor:
         return bradley_terry_loss(

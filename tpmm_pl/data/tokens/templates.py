@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from operator import add
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.rows.formats import RawPair, RawPrompt
-from tpmm_pl.data.rows.messages import Message
+from tpmm_pl.data.rows.messages import Content, Message
 from tpmm_pl.types import InputError
 
 
@@ -65,18 +66,7 @@ def all_pair_texts(
     if whole_turns and tokenizer.chat_template:
         rows = [_as_turns(row) for row in rows]
     turns = [row for row in rows if not isinstance(row.prompt, str)]
-    prompts = _rendered(turns, [row.prompt for row in turns], tokenizer, answer_next=True)
-    chosen = _rendered(turns, [(*row.prompt, *row.chosen) for row in turns], tokenizer)
-    rejected = _rendered(turns, [(*row.prompt, *row.rejected) for row in turns], tokenizer)
-    end = "" if whole_turns else str(tokenizer.eos_token)
-    written = iter(
-        PairTexts(
-            prompt,
-            *(_without_end(_behind(prompt, whole, row.where), end) for whole in answered),
-            templated=True,
-        )
-        for row, prompt, *answered in zip(turns, prompts, chosen, rejected, strict=True)
-    )
+    written = _written(turns, tokenizer, "" if whole_turns else str(tokenizer.eos_token))
     return [
         PairTexts(row.prompt, str(row.chosen), str(row.rejected))
         if isinstance(row.prompt, str)
@@ -137,6 +127,24 @@ def _as_turns(row: RawPair) -> RawPair:
     return replace(row, prompt=(asked,), chosen=chosen, rejected=rejected)
 
 
+def _written(
+    rows: Sequence[RawPair], tokenizer: PreTrainedTokenizerBase, end: str
+) -> Iterator[PairTexts]:
+    asked = [_turns(row.prompt) for row in rows]
+    prompts = _rendered(rows, asked, tokenizer, answer_next=True)
+    answered = [
+        _rendered(rows, list(map(add, asked, answers)), tokenizer)
+        for answers in ([_turns(r.chosen) for r in rows], [_turns(r.rejected) for r in rows])
+    ]
+    for row, prompt, *wholes in zip(rows, prompts, *answered, strict=True):
+        chosen, rejected = (_without_end(_behind(prompt, one, row.where), end) for one in wholes)
+        yield PairTexts(prompt, chosen, rejected, templated=True)
+
+
+def _turns(content: Content) -> tuple[Message, ...]:
+    return () if isinstance(content, str) else content
+
+
 def _rendered(
     rows: Sequence[RawPair],
     conversations: Sequence[Sequence[Message]],
@@ -147,11 +155,12 @@ def _rendered(
     if conversations and tokenizer.chat_template and not any(row.tools for row in rows):
         # in one call it costs less; if it fails, one by one tells which row is at fault
         with suppress(Exception):
-            return list(
-                tokenizer.apply_chat_template(
-                    conversations, tokenize=False, add_generation_prompt=answer_next
-                )
+            found = tokenizer.apply_chat_template(
+                [[dict(message) for message in messages] for messages in conversations],
+                tokenize=False,
+                add_generation_prompt=answer_next,
             )
+            return list(map(str, found))
     return [
         render(messages, tokenizer, row.where, tools=row.tools, answer_next=answer_next)
         for row, messages in zip(rows, conversations, strict=True)

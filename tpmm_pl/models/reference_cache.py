@@ -1,0 +1,84 @@
+"""Reference log-probabilities kept on disk, by what they were computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tpmm_pl.data.notices import say
+from tpmm_pl.data.packing import TOKEN_BUDGET
+from tpmm_pl.data.table import PairTable
+from tpmm_pl.files import replacing
+from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.models.tree_pass import unwrapped
+from tpmm_pl.types import PairLogps
+
+_VERSION = 1
+"""Raised when the same weights and tokens would get other values."""
+
+
+def cached_logps(
+    model: nn.Module, pairs: PairTable, folder: Path, *, token_budget: int = TOKEN_BUDGET
+) -> PairLogps:
+    """Score pairs without gradients, or read what the same weights gave the same tokens.
+
+    The name of an entry is a hash of weights, configuration, precision and tokens, so that a hit
+    is exact to the last bit, and a run with another learning rate or seed of training still finds
+    it. An entry that cannot be read is made again.
+
+    Args:
+        model: As it scores, under the autocast that is on.
+        pairs: What to score.
+        folder: Holds the entries; made when the first is written.
+        token_budget: Tokens of a batch.
+
+    Returns:
+        Log-probabilities in nats, ``(len(pairs),)`` float32 on the CPU.
+    """
+    path = folder / f"{_key(model, pairs)}.safetensors"
+    if path.is_file():
+        try:
+            return PairLogps(**load_file(path))
+        except SafetensorError:
+            say(f"{path} cannot be read; its pairs are scored again")
+    logps = score_pairs(model, pairs, token_budget=token_budget)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        save_file(logps._asdict(), beside)
+    return logps
+
+
+def _key(model: nn.Module, pairs: PairTable) -> str:
+    found = sha256()
+    for part in (*_of_model(model), *_of_pairs(pairs)):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _of_model(model: nn.Module) -> Iterator[bytes]:
+    device = next(model.parameters()).device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    # scales of adapters are no weights
+    scales = [vars(module).get("scaling") for module in model.modules()]
+    config = getattr(unwrapped(model), "config", None)
+    settings = None if config is None else config.to_json_string(use_diff=False)
+    yield repr((_VERSION, autocast, [scale for scale in scales if scale], settings)).encode()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _of_pairs(pairs: PairTable) -> Iterator[bytes]:
+    yield pairs.swapped.tobytes()
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        column = pairs.columns.column(name).take(pairs.rows)
+        for chunk in column.chunks:
+            yield np.diff(chunk.offsets.to_numpy()).tobytes()
+            yield chunk.flatten().to_numpy().tobytes()
