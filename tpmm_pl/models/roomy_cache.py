@@ -9,9 +9,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOM = 32
-"""Tokens that a layer has room for when its rows were copied or it was full."""
-
 
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     """Return an empty cache; layers of other kinds than full attention are transformers' own."""
@@ -38,41 +35,46 @@ class RoomyLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._stores: list[Tensor] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = 0
+        self._stores: tuple[Tensor, ...] = ()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values, and return all."""
+        new = key_states, value_states
         if not self.is_initialized:
-            # empty, but of the shape that stores are made from
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if not self._stores or end > self._stores[0].shape[2]:
-            self._stores = [_with_room(old, end) for old in (self.keys, self.values)]
-        for store, new in zip(self._stores, (key_states, value_states), strict=True):
-            store[:, :, start:end] = new
-        self._show(end)
-        return self.keys, self.values
+            self.lazy_initialization(*new)
+            self._stores = tuple(states[:, :, :0] for states in new)
+        end = self._length + key_states.shape[2]
+        if end > self._stores[0].shape[2]:
+            rows = torch.arange(len(key_states), device=key_states.device)
+            self._copy(rows, end)
+        for store, states in zip(self._stores, new, strict=True):
+            store[:, :, self._length : end] = states
+        return self._show(end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Copy or drop rows."""
-        length = self.get_seq_length()
-        if length:
-            self._stores = [_with_room(old, length, indices) for old in (self.keys, self.values)]
-            self._show(length)
+        if self._length:
+            self._copy(indices, self._length)
+            self._show(self._length)
 
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (store[:, :, :length] for store in self._stores)
+    def _copy(self, rows: Tensor, length: int) -> None:
+        # an eighth more: a cache that grows is copied each time it is an eighth longer, and one
+        # whose rows are dropped at every step takes hardly more memory
+        stores = []
+        for old in self._stores:
+            _, heads, _, width = old.shape
+            store = old.new_empty(len(rows), heads, length + length // 8 + 1, width)
+            filled = store[:, :, : self._length]
+            torch.index_select(old[:, :, : self._length], 0, rows, out=filled)
+            stores.append(store)
+        self._stores = tuple(stores)
 
-
-def _with_room(old: Tensor, length: int, rows: Tensor | None = None) -> Tensor:
-    if rows is None:
-        rows = torch.arange(len(old), device=old.device)
-    _, heads, used, width = old.shape
-    store = old.new_empty(len(rows), heads, length + ROOM, width)
-    torch.index_select(old, 0, rows, out=store[:, :, :used])
-    return store
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self._length = length
+        keys, values = (store[:, :, :length] for store in self._stores)
+        self.keys, self.values = keys, values
+        return keys, values

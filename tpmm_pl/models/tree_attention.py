@@ -61,10 +61,6 @@ class TreeMask:
     """
 
     tree: TokenTree
-    sizes: list[int] = field(init=False)
-    """Numbers of tokens of the parts that a row is cut into for its chains."""
-    seen: list[list[int]] = field(init=False)
-    """Which of these parts each chain sees."""
     _masks: dict[Any, Tensor | None] = field(default_factory=dict)
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
@@ -72,10 +68,22 @@ class TreeMask:
     def chains(self) -> list[Chain]:
         """The tree cut into chains; asked for where attention runs chain by chain."""
         return chains(self.tree.ends.cpu().numpy())
-        edges = sorted({edge for chain in self.chains for span in chain.seen for edge in span})
-        self.sizes = [stop - start for start, stop in pairwise(edges)]
-        part = {edge: number for number, edge in enumerate(edges)}
-        self.seen = [
+
+    @cached_property
+    def edges(self) -> list[int]:
+        """Where the row is cut, so that each chain sees whole parts of it."""
+        return sorted({edge for chain in self.chains for span in chain.seen for edge in span})
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Numbers of tokens of these parts."""
+        return [stop - start for start, stop in pairwise(self.edges)]
+
+    @cached_property
+    def seen(self) -> list[list[int]]:
+        """Which of these parts each chain sees."""
+        part = {edge: number for number, edge in enumerate(self.edges)}
+        return [
             [number for start, stop in chain.seen for number in range(part[start], part[stop])]
             for chain in self.chains
         ]
