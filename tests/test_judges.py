@@ -90,6 +90,23 @@ def test_a_model_without_a_padding_token_takes_the_tokenizers(tmp_path: Path) ->
     assert together == pytest.approx(alone, abs=1e-4)
 
 
+@pytest.mark.parametrize("pad_id", [EOS, PAD])
+@pytest.mark.parametrize("token", ["<eos>", "<pad>"])
+def test_scores_are_those_of_the_models_own_forward_also_where_the_end_pads(
+    pad_id: int, token: str, tmp_path: Path
+) -> None:
+    folder = save_llama(tmp_path / "judge", pad_id=pad_id, pad_token=token)
+    answers = [completion(text) for text in ("w3", "w3 w4", "w3 <eos>", "w5 <eos> w6", "<eos>")]
+    answers += [replace(completion("w3 w4 <pad>"), finished=False)]
+    found = RewardModelJudge(str(folder), device="cpu")(answers)
+    # w1 w2, the answer, and its end where it came to one
+    rows = [[9, 1], [9, 10, 1], [9, 1], [11, 1, 12, 1], [1], [9, 10, 0]]
+    expected = [score(folder, [7, 8, *row]) for row in rows]
+    assert found == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    before_the_end = score(folder, [7, 8, 9])
+    assert (before_the_end == pytest.approx(expected[0], rel=1e-4)) == (pad_id == EOS)
+
+
 def test_a_conversation_is_read_through_the_judges_own_template(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "judge", template=TEMPLATE)
     (found,) = RewardModelJudge(str(folder), device="cpu")([completion("w3", conversation=True)])

@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
-from tpmm_pl.types import HasPolicy, HasReference, InputError, Recipe, RunError
+from tpmm_pl.types import HasPolicy, HasReference, InputError, Recipe, RunError, TokenTree
 
 RECIPE = Recipe(
     "learned",
@@ -15,6 +16,41 @@ RECIPE = Recipe(
     "layer",
     ("embeddings", "head"),
 )
+
+# 1 2 | 3 and 1 2 | 4 5, and 1 |, a beginning of both of which nothing is scored
+TREE = TokenTree(
+    tokens=torch.tensor([1, 2, 3, 4, 5]),
+    positions=torch.tensor([0, 1, 2, 2, 3]),
+    ends=torch.tensor([5, 5, 3, 5, 5]),
+    leaves=torch.tensor([2, 4, 0]),
+    states=torch.tensor([1, 3]),
+    targets=torch.tensor([3, 4, 5]),
+    state_of=torch.tensor([0, 0, 1]),
+    row_of=torch.tensor([0, 1, 1]),
+)
+
+
+def test_scored_tokens_are_counted_and_summed_by_row() -> None:
+    assert TREE.lengths().tolist() == [1.0, 2.0, 0.0]
+    values = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    sums = TREE.sums(values)
+    assert sums.tolist() == [-1.0, -2.5, 0.0]
+    (sums * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [1.0, 10.0, 10.0]
+    assert {sums.dtype, TREE.lengths().dtype} == {torch.float32}
+
+
+def test_a_token_is_part_of_the_rows_that_end_below_it_or_at_it() -> None:
+    assert TREE.multiplicity().tolist() == [3, 2, 1, 1, 1]
+
+
+def test_long_completions_are_summed_in_float64() -> None:
+    # one token of -1024 nats, then 4,096 of -2^-14: each is lost beside 1024 in float32
+    count, small = 4096, 2.0**-14
+    tree = TREE._replace(row_of=torch.zeros(count + 1, dtype=torch.long))
+    values = torch.tensor([-1024.0, *[-small] * count])
+    assert tree.sums(values)[0].item() == pytest.approx(-1024 - count * small, abs=1e-4)
 
 
 def test_a_recipe_survives_json_with_every_bit() -> None:

@@ -161,8 +161,7 @@ def test_accuracy_is_against_the_start_where_the_loss_has_no_reference(
     for domain in DOMAINS:
         pairs = read_pairs(context.store.folder(0) / f"held_out_{domain}.parquet")
         policy, first = (
-            score_pairs(model, pairs)
-            for model in (context.policy, start.load_model())
+            score_pairs(model, pairs) for model in (context.policy, start.load_model())
         )
         margin = (policy.chosen - policy.rejected) - (first.chosen - first.rejected)
         expected = float((margin > 0).double().mean())

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from tpmm_pl.data.batching import PairLoader, collate, length_sorted_batches
+from tpmm_pl.data.batching import PairLoader, collate, fuse_loader
+from tpmm_pl.data.packing import pad_tree
 from tpmm_pl.types import InputError, Pair, PairBatch
 
-X = -100
+Step = list[PairBatch]
 
 
 def pair(index: int, chosen: int = 1, rejected: int = 1) -> Pair:
@@ -29,16 +32,21 @@ def pair(index: int, chosen: int = 1, rejected: int = 1) -> Pair:
 
 
 def loader(count: int = 10, **changes: Any) -> PairLoader:
-    settings: dict[str, Any] = {"batch_size": 2, "pad_id": 0, "seed": 1, "epoch": 0}
+    settings: dict[str, Any] = {"batch_size": 2, "seed": 1, "epoch": 0}
     return PairLoader([pair(index) for index in range(count)], **(settings | changes))
 
 
-def prompts(batch: PairBatch) -> list[int]:
-    return batch.input_ids[: len(batch.weight), 0].tolist()
+def prompts(step: Step) -> list[int]:
+    """First tokens of the prompts of a step's pairs."""
+    return [
+        first
+        for batch in step
+        for first in pad_tree(batch.tree)[0][: len(batch.weight), 0].tolist()
+    ]
 
 
 def seen(batches: PairLoader) -> list[list[int]]:
-    return [prompts(batch) for batch in batches]
+    return [prompts(step) for step in batches]
 
 
 def test_collate_writes_these_tensors() -> None:
@@ -46,34 +54,50 @@ def test_collate_writes_these_tensors() -> None:
         "a", "", "", "", (11, 12), (13,), (14, 15), weight=0.5, ref_chosen_logps=-1.0, margin=0.25
     )
     second = Pair("b", "", "", "", (21,), (22, 23, 1), (24,), ref_rejected_logps=-2.0)
-    batch = collate([first, second], pad_id=1)
-    assert batch.input_ids.tolist() == [
+    batch = collate([first, second])
+    # 11 12 13, 11 12 14 15, 21 22 23 1, 21 24
+    assert batch.tree.tokens.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, 1, 24]
+    assert batch.tree.positions.tolist() == [0, 1, 2, 2, 3, 0, 1, 2, 3, 1]
+    assert batch.tree.ends.tolist() == [5, 5, 3, 5, 5, 10, 9, 9, 9, 10]
+    assert batch.tree.leaves.tolist() == [2, 8, 4, 9]
+    assert batch.tree.states.tolist() == [1, 3, 5, 6, 7]
+    assert batch.tree.targets.tolist() == [13, 22, 23, 1, 14, 15, 24]
+    assert batch.tree.state_of.tolist() == [0, 2, 3, 4, 0, 1, 2]
+    assert batch.tree.row_of.tolist() == [0, 1, 1, 1, 2, 2, 3]
+    ids, mask = pad_tree(batch.tree, 1)
+    assert ids.tolist() == [
         [11, 12, 13, 1],
         [21, 22, 23, 1],
         [11, 12, 14, 15],
         [21, 24, 1, 1],
     ]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels.tolist() == [
-        [X, X, 13, X],
-        [X, 22, 23, 1],
-        [X, X, 14, 15],
-        [X, 24, X, X],
-    ]
+    assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.weight.tolist() == [0.5, 1.0]
     assert batch.margin.tolist() == [0.25, 0.0]
     assert batch.reference.chosen[0] == -1.0
     assert batch.reference.rejected[1] == -2.0
     assert batch.reference.chosen[1].isnan()
-    assert {batch.input_ids.dtype, batch.attention_mask.dtype, batch.labels.dtype} == {torch.int64}
+    assert {tensor.dtype for tensor in batch.tree} == {torch.int64}
     floats = {batch.weight.dtype, batch.reference.chosen.dtype, batch.margin.dtype}
     assert floats == {torch.float32}
 
 
-def test_length_sorted_batches_hold_every_pair_once_longest_first() -> None:
-    pairs = [pair(0, 1, 1), pair(1, 1, 9), pair(2, 5, 1), pair(3, 1, 9), pair(4, 2, 2)]
-    assert length_sorted_batches(pairs, 2) == [[1, 3], [2, 4], [0]]
-    assert length_sorted_batches([], 2) == []
+def test_fuse_batches_go_through_all_pairs_before_one_comes_again() -> None:
+    pairs = [pair(index) for index in range(6)]
+
+    def steps(seed: int, **changes: Any) -> list[Step]:
+        generator = torch.Generator().manual_seed(seed)
+        settings = {"batch_size": 2, "steps": 7, "generator": generator} | changes
+        return [*fuse_loader(pairs, **settings)]  # type: ignore[arg-type]
+
+    order = [prompts(step) for step in steps(1)]
+    assert [len(step) for step in order] == [2] * 7
+    assert sorted(chain(*order[:3])) == sorted(chain(*order[3:6])) == list(range(6))
+    assert order[:3] != order[3:6]
+    assert [prompts(step) for step in steps(1, token_budget=3)] == order
+    assert [len(step) for step in steps(1, token_budget=3)] == [2] * 7
+    assert [prompts(step) for step in steps(2)] != order
+    assert [len(prompts(step)) for step in steps(1, batch_size=9)] == [6] * 7
 
 
 def test_an_epoch_shows_every_pair_once_and_epochs_differ() -> None:
@@ -91,6 +115,14 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
     assert seen(loader(seed=0, epoch=1)) != first
 
 
+def test_the_token_budget_cuts_steps_and_leaves_their_pairs_alone() -> None:
+    whole, cut = loader(), loader(token_budget=3)
+    assert seen(whole) == seen(cut)
+    assert {len(step) for step in whole} == {1}
+    assert {len(step) for step in cut} == {2}
+    assert whole.state_dict() == cut.state_dict()
+
+
 def test_iterating_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     seen(loader())
@@ -104,7 +136,9 @@ def test_without_shuffling_pairs_keep_their_order() -> None:
 def test_fewer_pairs_than_a_batch_make_one_smaller_batch() -> None:
     assert seen(loader(3, batch_size=8, shuffle=False)) == [[0, 1, 2]]
     small = loader(5, batch_size=8, shuffle=False, world_size=2, rank=1)
-    assert seen(small) == [[2, 3]]
+    other = loader(5, batch_size=8, shuffle=False, world_size=2, rank=0)
+    # of equal length: dealt out there and back
+    assert (seen(other), seen(small)) == ([[0, 3]], [[1, 2]])
     assert len(small) == 1
 
 
@@ -116,7 +150,46 @@ def test_ranks_together_see_what_one_process_with_the_global_batch_sees(count: i
     for left, right, together in zip(*ranks, whole, strict=True):
         assert len(left) == len(right)
         # one process takes an odd small rest whole, two take equal shares of it
-        assert (left + right) == together[: len(left + right)]
+        assert sorted(left + right) == sorted(together[: len(left + right)])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_pairs_that_grow_evenly_are_shared_to_the_token(world_size: int) -> None:
+    pairs = [pair(index, chosen=1 + index) for index in range(8)]
+    made: dict[str, Any] = {"batch_size": 8 // world_size, "seed": 1, "epoch": 0}
+    for rank in range(world_size):
+        (share,) = seen(PairLoader(pairs, rank=rank, world_size=world_size, **made))
+        assert sum(1 + index for index in share) == 36 / world_size
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=4, max_size=40),
+    st.integers(1, 4),
+    st.integers(2, 4),
+    st.integers(0, 9),
+)
+def test_ranks_get_as_many_pairs_and_nearly_as_many_tokens(
+    lengths: list[tuple[int, int]], batch_size: int, world_size: int, epoch: int
+) -> None:
+    pairs = [pair(index, *counts) for index, counts in enumerate(lengths)]
+    made: dict[str, Any] = {"seed": 1, "epoch": epoch}
+    ranks = [
+        seen(PairLoader(pairs, batch_size=batch_size, rank=rank, world_size=world_size, **made))
+        for rank in range(world_size)
+    ]
+    whole = seen(PairLoader(pairs, batch_size=batch_size * world_size, **made))
+    tokens = [1 + chosen + rejected for chosen, rejected in lengths]
+    assert {len(steps) for steps in ranks} == {len(whole)}
+    for together, *shares in zip(whole, *ranks, strict=True):
+        (size,) = {len(share) for share in shares}
+        used = together[: size * world_size]
+        assert sorted(chain(*shares)) == sorted(used)
+        assert len(together) - len(used) < world_size, "only what cannot be shared is left out"
+        # dealt out from the longest, ranks differ by no more than the longest and shortest pair
+        sums = [sum(tokens[index] for index in share) for share in shares]
+        each = [tokens[index] for index in used]
+        assert max(sums) - min(sums) <= max(each) - min(each)
 
 
 def test_fewer_pairs_than_processes_are_refused() -> None:
@@ -173,9 +246,9 @@ class Recorder(LightningModule):
         self.loaders.append(loader(epoch=self.trainer.current_epoch))
         return self.loaders[-1]
 
-    def training_step(self, batch: PairBatch, _: int) -> torch.Tensor:
+    def training_step(self, batch: Step, _: int) -> torch.Tensor:
         self.seen.append((self.current_epoch, prompts(batch)))
-        loss: torch.Tensor = self.layer(batch.weight[:, None]).sum()
+        loss: torch.Tensor = self.layer(batch[0].weight[:, None]).sum()
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

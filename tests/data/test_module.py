@@ -107,7 +107,14 @@ def test_a_round_takes_its_budget(
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("pairs_per_round", 0), ("max_eval_pairs", -1), ("max_prompt_length", 0)]
+    ("setting", "value"),
+    [
+        ("pairs_per_round", 0),
+        ("max_eval_pairs", -1),
+        ("max_prompt_length", 0),
+        ("batch_size", 0),
+        ("token_budget", 0),
+    ],
 )
 def test_a_number_out_of_range_is_refused_and_no_default_put_in_its_place(
     setting: str, value: int

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.models.tiny import EOS, PAD, WORDS, tiny_reward_model, tiny_tokenizer
+from tests.models.tiny import EOS, WORDS, tiny_reward_model, tiny_tokenizer
+from tpmm_pl.data.packing import pad_tree
 from tpmm_pl.data.rewards import RewardData, evaluation_loaders, read_reward_pairs
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.reward import PretrainedReward
@@ -40,7 +42,7 @@ class Seen(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.epochs[-1] += batch.input_ids[: len(batch.weight), 0].tolist()
+        self.epochs[-1] += prompts([batch])
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,12 @@ def set_up(data: RewardData, module: RewardModule, root: Path) -> RewardData:
     return data
 
 
-def prompts(batches: Any) -> list[int]:
+def prompts(steps: Any) -> list[int]:
+    """First tokens of the prompts of all pairs."""
     return [
-        first for batch in batches for first in batch.input_ids[: len(batch.weight), 0].tolist()
+        first
+        for batch in chain(*steps)
+        for first in pad_tree(batch.tree)[0][: len(batch.weight), 0].tolist()
     ]
 
 
@@ -113,8 +118,8 @@ def test_files_of_held_out_pairs_come_by_domain_in_their_order(
 def test_a_margin_reaches_the_batch(module: RewardModule, tmp_path: Path) -> None:
     train = write(tmp_path / "d.jsonl", row(0, margin=0.5), row(1), row(2, margin=-1))
     data = set_up(RewardData(train, eval_fraction=0.0, batch_size=3), module, tmp_path)
-    (batch,) = data.train_dataloader()
-    found = dict(zip(prompts([batch]), batch.margin.tolist(), strict=True))
+    ((batch,),) = data.train_dataloader()
+    found = dict(zip(prompts([[batch]]), batch.margin.tolist(), strict=True))
     assert found == {6: 0.5, 7: 0.0, 8: -1.0}
     assert batch.margin.dtype == torch.float32
     assert data.domains == []
@@ -174,9 +179,11 @@ def test_what_is_wrong_with_the_data_is_named(
         set_up(data, module, tmp_path)
 
 
-def test_a_batch_of_no_pairs_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="batch_size is 0; it must be at least 1"):
-        RewardData(tmp_path / "d.jsonl", batch_size=0)
+@pytest.mark.parametrize("setting", ["batch_size", "token_budget"])
+def test_a_batch_of_nothing_is_refused_at_once(setting: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {setting: 0}
+    with pytest.raises(InputError, match=f"{setting} is 0; it must be at least 1"):
+        RewardData(tmp_path / "d.jsonl", **settings)
 
 
 def test_a_file_is_read_for_a_tokenizer_with_half_the_length_for_the_prompt(
@@ -192,9 +199,29 @@ def test_a_file_is_read_for_a_tokenizer_with_half_the_length_for_the_prompt(
 
 def test_evaluation_leaves_no_pair_out() -> None:
     pairs = [Pair(str(i), "", "", "", (i,), (1,), (2,)) for i in range(3, 8)]
-    (loader,) = evaluation_loaders({"in_domain": pairs}, pad_id=PAD, batch_size=2)
-    assert [len(batch.weight) for batch in loader] == [2, 2, 1]
+    (loader,) = evaluation_loaders({"in_domain": pairs}, batch_size=2)
+    assert [[len(batch.weight) for batch in step] for step in loader] == [[2], [2], [1]]
     assert prompts(loader) == [3, 4, 5, 6, 7]
+    (cut,) = evaluation_loaders({"in_domain": pairs}, batch_size=4, token_budget=8)
+    assert [[len(batch.weight) for batch in step] for step in cut] == [[2, 2], [1]]
+    assert prompts(cut) == [3, 4, 5, 6, 7]
+
+
+def test_a_token_budget_cuts_the_batches_of_training_and_evaluation(
+    module: RewardModule, tmp_path: Path
+) -> None:
+    train = write(tmp_path / "train.jsonl", *(row(index) for index in range(4)))
+    held_out = write(tmp_path / "held_out.jsonl", row(20), row(21))
+    # a pair has 1 token of a prompt and 2 and 2 of answers, their ends included
+    for token_budget, cut in ((5, [1, 1, 1, 1]), (10, [2, 2]), (15, [3, 1]), (20, [4])):
+        data = RewardData(train, {"far": held_out}, batch_size=4, token_budget=token_budget)
+        set_up(data, module, tmp_path)
+        (step,) = data.train_dataloader()
+        assert [len(batch.weight) for batch in step] == cut
+        assert sorted(prompts([step])) == [6, 7, 8, 9]
+        ((evaluated,),) = data.val_dataloader()
+        assert len(evaluated) == (2 if token_budget == 5 else 1)
+        assert prompts([evaluated]) == [26, 27]
 
 
 def test_a_validation_behind_the_fit_reads_and_tells_nothing_again(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from tpmm_pl.data.table import MESSAGES, PairTable, arrow, as_table, join, longest_rows
 from tpmm_pl.data.table import with_reference as scored
@@ -137,3 +138,33 @@ def test_a_view_copies_no_text_and_no_token() -> None:
     together = join(view, view)
     assert pa.total_allocated_bytes() == before
     assert len(together) == 2000
+
+
+def test_a_view_is_written_as_its_pairs(tmp_path: Path) -> None:
+    whole = on_disk(tmp_path / "t.arrow", PAIRS)
+    table = join(whole.select([7, 1, 1, 4]), PAIRS[:2]).flipped([0, 2]).flipped([2, 4])
+    assert len(set(table.swapped)) == 2
+    assert arrow(table).equals(arrow(list(table)))
+    assert arrow(table[:0]).equals(arrow([]))
+
+
+def test_conversations_go_along_when_a_table_is_written() -> None:
+    table = as_table(PAIRS[:3], {"prompt 1": "[1]"})
+    assert table.arrow().column(MESSAGES.name).to_pylist() == [None, "[1]", None]
+    swapped = table.select([1, 0]).flipped([0])
+    assert swapped.arrow().column(MESSAGES.name).to_pylist() == ["[1]", None]
+
+
+def test_tokens_of_a_table_are_those_of_its_pairs(tmp_path: Path) -> None:
+    table = on_disk(tmp_path / "t.arrow", PAIRS).select([5, 3, 3, 9]).flipped([1, 3])
+    expected = [(pair.prompt_ids, pair.chosen_ids) for pair in table]
+    expected += [(pair.prompt_ids, pair.rejected_ids) for pair in table]
+    rows = table.token_rows()
+    assert [(tuple(a.tolist()), tuple(b.tolist())) for a, b in rows] == expected
+
+
+def test_a_loader_is_given_its_batches_as_views() -> None:
+    table = as_table(PAIRS)
+    batches = list(DataLoader(table, batch_sampler=[[3, 1], [9]], collate_fn=lambda some: some))  # type: ignore[arg-type]
+    assert all(isinstance(batch, PairTable) for batch in batches)
+    assert batches == [[PAIRS[3], PAIRS[1]], [PAIRS[9]]]

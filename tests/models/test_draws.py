@@ -82,6 +82,16 @@ def test_a_draw_depends_on_its_row_alone() -> None:
     assert torch.equal(part.logps, whole.logps[order])
 
 
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(40, 33, generator=torch.Generator().manual_seed(0))
+    whole = draw_tokens(scores, random_keys(40), 2, 1.0)
+    for chunk in (1, 100):
+        monkeypatch.setattr("tpmm_pl.models.draws._CHUNK", chunk)
+        cut = draw_tokens(scores, random_keys(40), 2, 1.0)
+        assert torch.equal(cut.tokens, whole.tokens)
+        assert torch.equal(cut.logps, whole.logps)
+
+
 def test_low_precision_scores_are_reduced_in_float32() -> None:
     scores = torch.randn(8, 1_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     drawn = draw_tokens(scores, random_keys(8), 0, 1.0)

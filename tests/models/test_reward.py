@@ -17,21 +17,26 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2ForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from tests.models.tiny import EOS, PAD, tiny_gpt2, tiny_llama, tiny_reward_model, tiny_tokenizer
-from tpmm_pl.data.batching import collate, pad_rows
-from tpmm_pl.models import reward
+from tests.models.tiny import (
+    EOS,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_gpt2_reward,
+    tiny_llama,
+    tiny_reward_model,
+    tiny_tokenizer,
+)
+from tpmm_pl.data.batching import collate
+from tpmm_pl.data.packing import pack_rows, pad_tree
+from tpmm_pl.models import tree_pass
 from tpmm_pl.models.adapters import LoraSettings
 from tpmm_pl.models.export import export_model
-from tpmm_pl.models.padding import separate_padding, use_padding
 from tpmm_pl.models.reward import PretrainedReward, RewardScorer, export_reward_model
-from tpmm_pl.models.scoring import length_groups
+from tpmm_pl.models.tree_pass import length_groups
 from tpmm_pl.moe.convert import moe_layers
 from tpmm_pl.moe.routing import MoESettings
 from tpmm_pl.types import InputError, Pair
@@ -39,28 +44,6 @@ from tpmm_pl.types import InputError, Pair
 MOE = MoESettings(experts=4, active=3)
 # of very different lengths, so that they are cut into groups; three end as completions do
 ROWS = [(7, 8, EOS), (9,), (10, 11, 12, 13, 14, 15, 16, 17, EOS), (18, 19), (20,) * 12 + (EOS,)]
-
-
-def tiny_bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-    )
-    config.num_labels = 1
-    return BertForSequenceClassification(config)
-
-
-def tiny_gpt2_reward() -> GPT2ForSequenceClassification:
-    config = tiny_gpt2().config
-    config.num_labels = 1
-    torch.manual_seed(0)
-    return GPT2ForSequenceClassification(config)
 
 
 def enlarged(model: PreTrainedModel) -> PreTrainedModel:
@@ -84,9 +67,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def padded(pad_id: int = PAD) -> tuple[Tensor, Tensor]:
-    ids, mask, _ = pad_rows([((), row) for row in ROWS], pad_id)
-    return ids, mask
+TREE = pack_rows([((), row) for row in ROWS])
 
 
 def one_by_one(model: nn.Module) -> Tensor:
@@ -95,9 +76,9 @@ def one_by_one(model: nn.Module) -> Tensor:
         return torch.cat([model(input_ids=torch.tensor([row])).logits[:, 0] for row in ROWS])
 
 
-def scores(model: nn.Module, pad_id: int = PAD) -> Tensor:
-    with torch.no_grad():
-        return RewardScorer(model).rows(*padded(pad_id))
+@torch.no_grad()
+def scores(model: nn.Module) -> Tensor:
+    return RewardScorer(model).rows(TREE)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
@@ -105,11 +86,17 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_padded_rows_score_as_each_alone_under_the_models_own_forward(name: str) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+@torch.no_grad()
+def test_rows_score_as_each_alone_under_the_models_own_forward(name: str, packs: bool) -> None:
     model = MODELS[name]().eval()
     expected = one_by_one(model)
     assert expected.std() > 0.05
-    close(scores(model), expected)
+    scorer = RewardScorer(model)
+    assert scorer.packs == (name != "bert")
+    if scorer._pass is not None:
+        scorer._pass.packs = packs
+    close(scorer.rows(TREE), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -117,7 +104,7 @@ def test_the_end_token_as_padding_changes_no_bit_of_a_score(name: str) -> None:
     model = MODELS[name]().eval()
     expected = scores(model)
     model.config.pad_token_id = EOS
-    assert torch.equal(scores(model, pad_id=EOS), expected)
+    assert torch.equal(scores(model), expected)
 
 
 def test_a_batch_of_pairs_scores_chosen_rows_then_rejected_rows() -> None:
@@ -125,7 +112,7 @@ def test_a_batch_of_pairs_scores_chosen_rows_then_rejected_rows() -> None:
     first = Pair("p", "", "", "", (7,), (8, EOS), (9, 10, EOS))
     second = Pair("q", "", "", "", (11, 12), (13, EOS), (14, EOS))
     with torch.no_grad():
-        rewards = RewardScorer(model)(collate([first, second], PAD))
+        rewards = RewardScorer(model)(collate([first, second]))
         alone = [
             model(input_ids=torch.tensor([row])).logits.item()
             for row in [(7, 8, EOS), (11, 12, 13, EOS), (7, 9, 10, EOS), (11, 12, 14, EOS)]
@@ -142,7 +129,7 @@ def test_the_head_of_a_decoder_sees_one_position_a_row(name: str) -> None:
     model.get_submodule("score").register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].shape)
     )
-    scorer.rows(*padded())
+    scorer.rows(TREE)
     assert {len(shape) for shape in seen} == {2}
     assert sum(shape[0] for shape in seen) == len(ROWS)
 
@@ -159,7 +146,7 @@ def test_a_backbone_that_looks_ahead_goes_through_the_models_own_forward() -> No
     seen: list[int] = []
     scorer = RewardScorer(model)
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(output.logits)))
-    scorer.rows(*padded())
+    scorer.rows(TREE)
     assert sum(seen) == len(ROWS)
 
 
@@ -207,49 +194,6 @@ def test_a_folder_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(InputError, match=r"lm is no reward model: it has no \['model\.layers\.1\."):
         PretrainedReward(str(tmp_path / "lm")).load_model()
-
-
-def embedding(model: PreTrainedModel) -> Tensor:
-    return model.get_input_embeddings().get_parameter("weight")
-
-
-class TestPadding:
-    def test_a_padding_token_of_its_own_stays(self) -> None:
-        tokenizer = tiny_tokenizer()
-        separate_padding(tokenizer)
-        assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", PAD)
-
-    @pytest.mark.parametrize("same", ["eos_token", "unk_token"])
-    def test_a_padding_token_that_is_another_is_replaced(self, same: str) -> None:
-        tokenizer = tiny_tokenizer(pad=False)
-        tokenizer.pad_token = getattr(tokenizer, same)
-        separate_padding(tokenizer)
-        # the vocabulary has a token of that name
-        assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", PAD)
-
-    def test_a_padding_token_that_the_template_writes_is_replaced(self) -> None:
-        tokenizer = tiny_tokenizer()
-        tokenizer.chat_template = "{{ messages }}<pad>"
-        separate_padding(tokenizer)
-        assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|pad|>", 32)
-
-    def test_the_embedding_grows_only_where_there_is_no_spare_row(self) -> None:
-        model, before = tiny_reward_model(), embedding(tiny_reward_model())
-        use_padding(model, 31)
-        assert embedding(model).shape == (32, 16)
-        use_padding(model, 32)
-        assert embedding(model).shape == (33, 16)
-        assert torch.equal(embedding(model)[:32], before)
-        assert model.config.vocab_size == 33
-        assert model.config.pad_token_id == 32
-
-    def test_the_token_that_padded_before_gets_a_gradient(self) -> None:
-        model = tiny_reward_model(pad_id=EOS)
-        use_padding(model, PAD)
-        RewardScorer(model).rows(*padded()).sum().backward()
-        gradient = embedding(model).grad
-        assert gradient is not None
-        assert gradient[EOS].any()
 
 
 def encoder_tokenizer() -> PreTrainedTokenizerFast:
@@ -303,7 +247,7 @@ def test_plain_transformers_in_a_fresh_process_scores_exported_models_as_we_do(
         perturb(trained, 0.2)
         pad_id = int(tokenizer.pad_token_id)
         assert pad_id != EOS
-        ours[name] = scores(trained.eval(), pad_id)
+        ours[name] = scores(trained.eval())
         live = deepcopy(trained.state_dict())
         export_reward_model(trained, tokenizer, tmp_path / "to" / name)
         for key, tensor in trained.state_dict().items():
@@ -361,13 +305,16 @@ def test_a_description_is_plain_json() -> None:
 def test_scores_come_in_the_order_of_the_rows_when_they_are_cut_into_groups(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = MODELS["llama"]().eval()
-    assert len(length_groups(padded()[1])) > 1
-    cut = scores(model)
-    monkeypatch.setattr(
-        reward, "length_groups", lambda mask: [(torch.arange(len(mask)), mask.shape[1])]
-    )
-    close(cut, scores(model))
+    scorer = RewardScorer(MODELS["llama"]().eval())
+    assert scorer._pass is not None
+    scorer._pass.packs = False
+    assert len(length_groups(pad_tree(TREE)[1])) > 1
+    with torch.no_grad():
+        cut = scorer.rows(TREE)
+        monkeypatch.setattr(
+            tree_pass, "length_groups", lambda mask: [(torch.arange(len(mask)), mask.shape[1])]
+        )
+        close(cut, scorer.rows(TREE))
 
 
 @pytest.mark.slow
@@ -379,5 +326,6 @@ def test_a_gguf_file_becomes_a_reward_model_with_a_padding_token_of_its_own() ->
     source = PretrainedReward(str(file))
     model, tokenizer = source.load_model().eval(), source.load_tokenizer()
     assert tokenizer.pad_token != tokenizer.eos_token == "<|im_end|>"
-    assert embedding(model).shape[0] == len(tokenizer) == 49_153
-    close(scores(model, int(tokenizer.pad_token_id)), one_by_one(model), 1e-4)
+    embedding: Any = model.get_input_embeddings()
+    assert embedding.weight.shape[0] == len(tokenizer) == 49_153
+    close(scores(model), one_by_one(model), 1e-4)

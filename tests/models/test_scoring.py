@@ -16,18 +16,13 @@ from transformers import (
 )
 
 from tests.models.tiny import EOS, PAD, tiny_gpt2, tiny_llama
+from tpmm_pl import logps
 from tpmm_pl.data.batching import collate
+from tpmm_pl.data.packing import pair_rows
 from tpmm_pl.logps import sequence_logps
 from tpmm_pl.losses import per_token
 from tpmm_pl.models import scoring
-from tpmm_pl.models.scoring import (
-    PairScorer,
-    length_groups,
-    on_device,
-    pair_tokens,
-    score_completions,
-    score_pairs,
-)
+from tpmm_pl.models.scoring import PairScorer, pair_tokens, score_completions, score_pairs
 from tpmm_pl.types import Completion, Pair, PairLogps, Prompt
 
 
@@ -132,7 +127,7 @@ def gradients(model: nn.Module, logps: PairLogps) -> dict[str, Tensor]:
 @all_models
 def test_the_scores_and_gradients_are_those_of_the_models_own_forward(factory: Factory) -> None:
     model = factory()
-    ours, expected = PairScorer(model)(collate(pairs(), PAD)), naive(model, pairs())
+    ours, expected = PairScorer(model)(collate(pairs())), naive(model, pairs())
     assert_near(ours, expected)
     assert ours.chosen.std() > 0.1
     through_ours, through_theirs = gradients(model, ours), gradients(model, expected)
@@ -142,21 +137,33 @@ def test_the_scores_and_gradients_are_those_of_the_models_own_forward(factory: F
         torch.testing.assert_close(through_ours[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def positions_of_head(model: nn.Module) -> int:
+def positions_of_head(model: nn.Module, monkeypatch: pytest.MonkeyPatch, packs: bool) -> int:
     """Count the positions that the head is applied to."""
     seen: list[int] = []
-    inner: Any = model
-    head = inner.get_output_embeddings()
+    apply = logps.head_logps
+
+    def counted(hidden: Tensor, *others: Any) -> Tensor:
+        seen.append(hidden.shape[:-1].numel())
+        return apply(hidden, *others)
+
+    monkeypatch.setattr(scoring, "head_logps", counted)
     scorer = PairScorer(model)
-    head.register_forward_hook(lambda *call: seen.append(call[2].shape[:-1].numel()))
-    scorer(collate(pairs(), PAD))
+    scorer._pass.packs = packs
+    scorer(collate(pairs()))
     return sum(seen)
 
 
 @compact_models
-def test_the_head_sees_completion_positions_only(factory: Factory) -> None:
+def test_the_head_sees_completion_positions_only(
+    factory: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     completion = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs())
-    assert positions_of_head(factory()) == completion
+    assert positions_of_head(factory(), monkeypatch, packs=False) == completion
+    # in a tree, what several completions begin with predicts their next tokens at once
+    beginnings = {
+        (*prompt, *ids[:end]) for prompt, ids in pair_rows(pairs()) for end in range(len(ids))
+    }
+    assert positions_of_head(factory(), monkeypatch, packs=True) == len(beginnings) < completion
 
 
 @whole_models
@@ -166,7 +173,7 @@ def test_models_that_treat_logits_further_go_through_their_own_forward(
 ) -> None:
     model = factory(factor)
     assert PairScorer(model)._parts is None
-    assert_near(PairScorer(model)(collate(pairs(), PAD)), naive(model, pairs()))
+    assert_near(PairScorer(model)(collate(pairs())), naive(model, pairs()))
 
 
 @all_models
@@ -179,20 +186,15 @@ def test_making_a_scorer_leaves_the_mode_and_the_gradients(factory: Factory) -> 
 
 
 @pytest.mark.parametrize("factory", [llama, gpt2, adapted, soft_capped])
-def test_the_batch_size_and_the_order_of_pairs_change_nothing(factory: Factory) -> None:
+def test_the_token_budget_and_the_order_of_pairs_change_nothing(factory: Factory) -> None:
     model, made = factory(), pairs()
     expected = naive(model, made)
-    for batch_size in (1, 2, 4, 100):
-        logps = score_pairs(model, made, pad_id=PAD, batch_size=batch_size)
+    for token_budget in (1, 20, 40, 1000):
+        logps = score_pairs(model, made, token_budget=token_budget)
         assert_near(logps, expected)
         assert not logps.chosen.requires_grad
-    backwards = score_pairs(model, made[::-1], pad_id=PAD, batch_size=2)
+    backwards = score_pairs(model, made[::-1], token_budget=20)
     assert_near(PairLogps(*(values.flip(0) for values in backwards)), expected)
-
-
-def test_what_fills_the_rows_changes_nothing() -> None:
-    one, other = (PairScorer(llama())(collate(pairs(), pad_id)) for pad_id in (PAD, 17))
-    assert_near(one, other, tolerance=0)
 
 
 def test_completions_score_as_pairs_do() -> None:
@@ -202,63 +204,23 @@ def test_completions_score_as_pairs_do() -> None:
         for pair in made
         for index, tokens in enumerate((pair.chosen_ids, pair.rejected_ids))
     ]
-    expected = score_pairs(model, made, pad_id=PAD, batch_size=4)
-    for batch_size in (1, 5, 256):
-        logps = score_completions(model, completions, pad_id=PAD, batch_size=batch_size)
+    expected = score_pairs(model, made, token_budget=40)
+    for token_budget in (1, 30, 4096):
+        logps = score_completions(model, completions, token_budget=token_budget)
         assert logps.shape == (18,)
         assert_near(PairLogps(logps[0::2], logps[1::2]), expected)
 
 
 def test_nothing_to_score_gives_nothing() -> None:
     model = llama()
-    assert score_completions(model, [], pad_id=PAD).shape == (0,)
-    assert score_pairs(model, [], pad_id=PAD, batch_size=4).chosen.shape == (0,)
+    assert score_completions(model, []).shape == (0,)
+    assert score_pairs(model, []).chosen.shape == (0,)
 
 
 def test_tokens_are_those_of_the_completions() -> None:
-    batch = collate(pairs(), PAD)
-    tokens = pair_tokens(batch)
+    tokens = pair_tokens(collate(pairs()))
     assert tokens.chosen.tolist() == [len(pair.chosen_ids) for pair in pairs()]
     assert tokens.rejected.tolist() == [len(pair.rejected_ids) for pair in pairs()]
     mean = per_token(PairLogps(-2 * tokens.chosen, -3 * tokens.rejected), tokens)
     assert mean.chosen.tolist() == [-2.0] * 9
     assert mean.rejected.tolist() == [-3.0] * 9
-
-
-def mask_of(lengths: Sequence[int]) -> Tensor:
-    return (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-
-
-@pytest.mark.parametrize(
-    "lengths", [[5], [3, 9], [4, 4, 4, 4], [1, 2, 3, 4, 50], [9, 1, 8, 2, 7, 3, 6, 4, 5], [30, 1]]
-)
-def test_length_groups_hold_every_row_once_and_whole(lengths: list[int]) -> None:
-    groups = length_groups(mask_of(lengths))
-    rows = torch.cat([rows for rows, _ in groups]).tolist()
-    assert sorted(rows) == list(range(len(lengths)))
-    for members, width in groups:
-        assert width == max(lengths[row] for row in members.tolist())
-
-
-def test_rows_of_one_length_stay_one_group_and_others_are_cut() -> None:
-    assert len(length_groups(mask_of([7] * 8))) == 1
-    assert len(length_groups(mask_of([1, 1, 1, 1, 1, 1, 50, 50]))) == 4
-
-
-def test_scores_come_in_the_order_of_the_rows_when_they_are_cut_into_groups(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, batch = llama(), collate(pairs(), PAD)
-    assert len(length_groups(batch.attention_mask)) > 1
-    cut = PairScorer(model)(batch)
-    monkeypatch.setattr(
-        scoring, "length_groups", lambda mask: [(torch.arange(len(mask)), mask.shape[1])]
-    )
-    assert_near(cut, PairScorer(model)(batch))
-
-
-def test_a_moved_batch_is_the_same_batch() -> None:
-    batch = collate(pairs(), PAD)
-    moved = on_device(batch, torch.device("meta"))
-    assert moved.input_ids.device == moved.reference.rejected.device == torch.device("meta")
-    assert torch.equal(on_device(batch, torch.device("cpu")).labels, batch.labels)

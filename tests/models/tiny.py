@@ -7,7 +7,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -83,6 +86,30 @@ def tiny_reward_model(
     )
     config.num_labels = labels
     return LlamaForSequenceClassification(config)
+
+
+def tiny_gpt2_reward() -> GPT2ForSequenceClassification:
+    """GPT-2 with one score."""
+    config = tiny_gpt2().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return GPT2ForSequenceClassification(config)
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    """Two layers, width 16, vocabulary 32, one score; an encoder."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+    )
+    config.num_labels = 1
+    return BertForSequenceClassification(config)
 
 
 def tiny_tokenizer(*, pad: bool = True, template: bool = True) -> PreTrainedTokenizerFast:

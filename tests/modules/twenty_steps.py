@@ -119,7 +119,7 @@ def tokenized(rows: list[Row]) -> list[Pair]:
     ]
     pairs, counts = tokenize_pairs(raw, tiny_tokenizer(), max_length=64)
     assert not counts
-    return pairs
+    return list(pairs)
 
 
 def scored_under(model: PreTrainedModel, pairs: list[Pair]) -> list[Pair]:

@@ -18,6 +18,7 @@ from tpmm_pl.moe.routing import (
     balance_loss,
     expected_load,
     gate,
+    joined,
     recorded_routing,
     squared_variation,
     summarise,
@@ -95,9 +96,9 @@ def test_expected_load_is_the_frequency_with_which_redrawn_noise_keeps_an_expert
 
 def test_statistics_equal_those_worked_out_token_by_token() -> None:
     logits = torch.randn(6, 4, generator=seeded(3))
-    attended = torch.tensor([True, True, False, True, True, False])
+    seen = torch.tensor([1, 1, 0, 1, 1, 0])
     gates = gate(logits, 2)
-    found = summarise(gates, None, attended, SMALL)
+    found = summarise(gates, None, seen, SMALL)
     importance, counts, entropy, shared = torch.zeros(4), torch.zeros(4), 0.0, 0.0
     for token in (0, 1, 3, 4):
         p = logits[token].softmax(-1)
@@ -264,6 +265,57 @@ def test_router_stays_in_float32_when_the_model_is_cast() -> None:
 def test_the_expected_load_leaves_padding_out() -> None:
     gates = gate(torch.randn(5, 3, generator=seeded(0)), 2)
     load = torch.rand(5, 3, generator=seeded(1))
-    attended = torch.tensor([True, False, True, True, False])
-    found = summarise(gates, load, attended, MoESettings(experts=4, active=3))
-    torch.testing.assert_close(found.load, load[attended].sum(0))
+    seen = torch.tensor([1, 0, 1, 1, 0])
+    found = summarise(gates, load, seen, MoESettings(experts=4, active=3))
+    torch.testing.assert_close(found.load, load[seen == 1].sum(0))
+
+
+def assert_same(found: Routing, expected: Routing) -> None:
+    for field, value in expected._asdict().items():
+        torch.testing.assert_close(getattr(found, field), value, atol=1e-6, rtol=1e-6, msg=field)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_token_of_several_rows_counts_once_a_row(noisy: bool) -> None:
+    logits = torch.randn(5, 4, generator=seeded(5), requires_grad=True)
+    load = torch.rand(5, 4, generator=seeded(6)) if noisy else None
+    seen = torch.tensor([3, 0, 1, 2, 1])
+    found = summarise(gate(logits, 2), load, seen, SMALL)
+    # the same tokens written out once a row
+    each = torch.tensor([0, 0, 0, 2, 3, 3, 4])
+    of_each = None if load is None else load[each]
+    expected = summarise(gate(logits[each], 2), of_each, torch.ones(7, dtype=torch.long), SMALL)
+    assert_same(found, expected)
+    assert found.tokens.item() == 7
+    assert found.counts.sum().item() == 7 * 2
+    (ours,) = torch.autograd.grad(found.importance.square().sum(), logits)
+    (theirs,) = torch.autograd.grad(expected.importance.square().sum(), logits)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_a_mask_of_counts_says_in_how_many_rows_a_token_stands() -> None:
+    made = nn.ModuleDict({"router": router(MoESettings(5, 3, noise=False))})
+    x, rows = torch.randn(1, 4, 16, generator=seeded()), torch.tensor([0, 0, 1, 3])
+    with recorded_routing(made, torch.tensor([[2, 1, 0, 1]])) as packed:
+        made["router"](x)
+    with recorded_routing(made) as written_out:
+        made["router"](x[:, rows])
+    assert_same(packed[""], written_out[""])
+
+
+def test_the_statistics_of_batches_join_to_those_of_all_their_tokens() -> None:
+    logits = torch.randn(9, 4, generator=seeded(7))
+    load, seen = torch.rand(9, 4, generator=seeded(8)), torch.tensor([1, 2, 1, 0, 3, 1, 0, 0, 1])
+    bounds = [slice(0, 2), slice(2, 6), slice(6, 8), slice(8, 9)]
+    parts = [summarise(gate(logits[part], 2), load[part], seen[part], SMALL) for part in bounds]
+    assert [part.tokens.item() for part in parts] == [3, 5, 0, 1], "one of padding alone"
+    found = joined(parts)
+    assert_same(found, summarise(gate(logits, 2), load, seen, SMALL))
+    assert found.counts.dtype == found.tokens.dtype == torch.int64
+    assert found.weight.sum().item() == pytest.approx(1, abs=1e-6)
+    assert_same(joined(parts[:1]), parts[0])
+
+
+def test_batches_without_a_token_join_to_nothing() -> None:
+    blank = summarise(gate(torch.zeros(2, 4), 2), None, torch.zeros(2, dtype=torch.long), SMALL)
+    assert_same(joined([blank, blank]), blank)

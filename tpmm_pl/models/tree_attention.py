@@ -253,7 +253,8 @@ def _attend(
     scores = (scores / softcap).tanh() * softcap
     if mask is None:
         mask = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu(1)
-    weights = (scores.float() + mask).softmax(-1).to(value.dtype)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = (scores + mask).softmax(-1).to(value.dtype)
     return F.dropout(weights, dropout) @ value
 
 
@@ -286,9 +287,18 @@ def attend_trees(model: PreTrainedModel) -> bool:
     layers = set(getattr(config.get_text_config(), "layer_types", None) or _PLAIN_LAYERS)
     if not getattr(model, "_supports_attention_backend", False) or not layers <= _PLAIN_LAYERS:
         return False
+    _register(name)
+    config._attn_implementation = _PREFIX + name
+    return True
+
+
+def _register(name: str) -> None:
     AttentionInterface.register(_PREFIX + name, partial(tree_attention, otherwise=name))
     masks = ALL_MASK_ATTENTION_FUNCTIONS
     if name in masks:
         AttentionMaskInterface.register(_PREFIX + name, masks[name])
-    config._attn_implementation = _PREFIX + name
-    return True
+
+
+# at once: a pickled model looks for it in another process
+for _name in ("eager", *ALL_ATTENTION_FUNCTIONS):
+    _register(_name)

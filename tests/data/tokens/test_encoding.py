@@ -10,11 +10,13 @@ from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from tests.data.tokens.byte_level import ADDS, BOS_ID, EOS_ID, START_ID, byte_tokenizer
+from tpmm_pl.data.tokens import encoding
 from tpmm_pl.data.tokens.encoding import (
     encode,
     encode_all,
     encode_continuations,
     encode_plain_prompts,
+    encode_written,
     ended,
     unended,
 )
@@ -134,3 +136,89 @@ def test_ends_come_once_or_not_at_all() -> None:
     assert ended((), 1) == (1,)
     assert unended((1, 5, 1, 1), 1) == (1, 5)
     assert unended((5, 1), None) == (5, 1)
+
+
+@pytest.mark.parametrize("adds", ADDS)
+@pytest.mark.parametrize("special", [False, True])
+def test_the_tokens_are_those_of_the_tokenizers_own_call(adds: str, special: bool) -> None:
+    tokenizer, texts = byte_tokenizer(adds), ["<start>hi<end>\n", " the\n\nhell", "", "<bos>é"]
+    expected = [tuple(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in texts]
+    # what the last call left behind is no part of the next one
+    tokenizer(texts, padding="max_length", truncation=True, max_length=2)
+    assert [*encode_all(texts, tokenizer, special=special).values()] == expected
+
+
+def test_special_tokens_are_plain_text_where_the_tokenizer_says_so() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = True
+    # a blank in front of every text, and not of every piece of one
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    texts = ["<start>hi<end>", "<start>hi<end>\n<start>h"]
+    for text, ids in encode_written(texts, tokenizer).items():
+        assert EOS_ID not in ids
+        assert [*ids] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself() -> None:
+    class Lowering(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, *rest: Any, **settings: Any) -> Any:
+            return super()._encode_plus([one.lower() for one in text], *rest, **settings)
+
+    backend = byte_tokenizer().backend_tokenizer
+    tokenizer = Lowering(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    assert encode_all(["HI"], tokenizer) == {"HI": (LETTER_H, LETTER_I)}
+
+
+def letter_in_front(tokenizer: PreTrainedTokenizerFast) -> None:
+    # at the end of a text it is a word of its own, in front of "zz>" it is none
+    tokenizer.add_tokens([AddedToken("hi", single_word=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("zz>", normalized=False)])
+
+
+def normalised_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_tokens([AddedToken("zz>", normalized=True)])
+    prepending(tokenizer)
+
+
+def longer(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_tokens([AddedToken("hi<end>\n<st", normalized=False)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: None,
+        prepending,
+        marking_the_first_word,
+        eating_blanks,
+        overlapping,
+        whole_words_only,
+        letter_in_front,
+        normalised_first,
+        longer,
+    ],
+)
+@pytest.mark.parametrize("last", ["<start>", "<end>", "<eats>", "zz>"])
+def test_texts_in_pieces_have_the_tokens_of_the_whole(change: Any, last: str) -> None:
+    tokenizer = byte_tokenizer()
+    change(tokenizer)
+    texts = [f"<start>user\n the hi<end>\n<start>hi{last}", f" hi {last} the <start>h", last]
+    texts += [f"{last}{last}hi", f"x{last}h ell \n{last} hi", "hi", "", f"hi{last}\n<start>"]
+    assert encode_written(texts, tokenizer) == {text: encode(text, tokenizer) for text in texts}
+
+
+def test_turns_that_prompts_share_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def counted(texts: Any, *rest: Any) -> dict[str, tuple[int, ...]]:
+        calls.append([*dict.fromkeys(texts)])
+        return encode_all(calls[-1], *rest)
+
+    monkeypatch.setattr(encoding, "encode_all", counted)
+    prompts = [f"<start>system\nhi<end>\n<start>user\n{n}<end>\n<start>assistant\n" for n in "ab"]
+    written = encode_written(prompts, byte_tokenizer())
+    user = [f"<start>user\n{n}<end>\n" for n in "ab"]
+    system, asked = "<start>system\nhi<end>\n", "<start>assistant\n"
+    assert calls == [["", system, user[0], asked, user[1]]]
+    encode_continuations([(one, "x<end>") for one in prompts], written, byte_tokenizer())
+    assert calls[1:] == [[f"{asked}x<end>"], [asked], []]

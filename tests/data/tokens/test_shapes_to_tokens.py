@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.data.tokens.byte_level import ADDS, BOS_ID, EOS_ID, TEMPLATES, byte_tokenizer, decoded
 from tests.models.tiny import EOS, PAD, tiny_tokenizer
 from tpmm_pl.data.batching import collate
+from tpmm_pl.data.packing import pad_tree
 from tpmm_pl.data.rows.formats import RawPair, preferences
 from tpmm_pl.data.rows.report import DataReport
 from tpmm_pl.data.rows.sources import DataSource
 from tpmm_pl.data.tokens.chat import tokenize_pairs, tokenize_prompts
-from tpmm_pl.types import IGNORE_INDEX
+from tpmm_pl.types import IGNORE_INDEX, TokenTree
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -78,6 +81,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def labels(tree: TokenTree, ids: Tensor) -> Tensor:
+    """The scored tokens at their places in the padded rows."""
+    found = torch.full_like(ids, IGNORE_INDEX)
+    found[tree.row_of, tree.positions[tree.states[tree.state_of]] + 1] = tree.targets
+    return found
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_every_shape_become_the_same_batch(shape: str, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
@@ -85,13 +95,14 @@ def test_rows_of_every_shape_become_the_same_batch(shape: str, tmp_path: Path) -
     rows = list(preferences(DataSource(str(path)), DataReport()))
     pairs, counts = tokenize_pairs(rows, tiny_tokenizer(), max_length=20)
     assert not counts
-    batch = collate(pairs, pad_id=PAD)
-    assert batch.input_ids.tolist() == [
+    batch = collate(pairs)
+    ids, mask = pad_tree(batch.tree, PAD)
+    assert ids.tolist() == [
         [5, 15, EOS, 3, 6, EOS, 4, 7, 8, EOS],
         [5, 15, EOS, 3, 6, EOS, 4, 9, EOS, PAD],
     ]
-    assert batch.attention_mask.tolist() == [[1] * 10, [1] * 9 + [0]]
-    assert batch.labels.tolist() == [
+    assert mask.tolist() == [[1] * 10, [1] * 9 + [0]]
+    assert labels(batch.tree, ids).tolist() == [
         [IGNORE_INDEX] * 7 + [7, 8, EOS],
         [IGNORE_INDEX] * 7 + [9, EOS, IGNORE_INDEX],
     ]

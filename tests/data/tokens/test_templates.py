@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.data.tokens.byte_level import CHATML, byte_tokenizer
 from tpmm_pl.data.rows.formats import RawPair
-from tpmm_pl.data.tokens.templates import PairTexts, pair_texts, prompt_text
+from tpmm_pl.data.tokens.templates import PairTexts, all_pair_texts, pair_texts, prompt_text
 from tpmm_pl.types import InputError
 
 ASKED = ({"role": "user", "content": "hi"},)
@@ -126,3 +127,43 @@ def test_a_template_that_fails_is_the_rows_or_the_templates_mistake(template: st
         InputError, match=r"^d.jsonl, line 7: the chat template refuses .*chat_template$"
     ):
         pair_texts(row, byte_tokenizer(template=template))
+
+
+@pytest.mark.parametrize("whole_turns", [False, True])
+@pytest.mark.parametrize("template", [WITH_TOOLS, THINKS_IN_ANSWERS, None])
+def test_rows_of_all_kinds_have_the_texts_of_each_alone(
+    template: str | None, whole_turns: bool
+) -> None:
+    rows = [RawPair("hi", "d", "a", "b"), RawPair("the", "d", "c", "d")]
+    if template is not None:
+        asked = (*ASKED, *said("c"), *ASKED)
+        rows += [RawPair(ASKED, "d", said("a"), said("b")), RawPair("x", "d", "y", "z")]
+        rows += [RawPair(asked, "d", said("\nd"), said("e"))]
+    tokenizer = byte_tokenizer(template=template)
+    for some in (rows, [*rows, replace(rows[-1], tools=(WEATHER,))]):
+        alone = [pair_texts(row, tokenizer, whole_turns=whole_turns) for row in some]
+        assert all_pair_texts(some, tokenizer, whole_turns=whole_turns) == alone
+    assert all_pair_texts([], tokenizer) == []
+
+
+def test_conversations_are_written_in_three_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, calls = byte_tokenizer(), []
+    write = tokenizer.apply_chat_template
+
+    def counting(conversations: Any, **settings: Any) -> Any:
+        calls.append(len(conversations))
+        return write(conversations, **settings)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    all_pair_texts([RawPair(ASKED, "d", said("a"), said("b"))] * 5, tokenizer)
+    assert calls == [5, 5, 5]
+
+
+def test_of_many_conversations_the_refused_one_is_named() -> None:
+    rows = [RawPair(ASKED, f"line {n}", said("a"), said("bc"[n == 2])) for n in range(1, 4)]
+    refuses = "{% if messages[-1].content == 'c' %}{{ raise_exception('no c') }}{% endif %}"
+    with pytest.raises(InputError, match=r"^line 2: the chat template refuses .*\(no c\)"):
+        all_pair_texts(rows, byte_tokenizer(template=refuses + CHATML))
+    drops = CHATML.replace("m['content']", "(m['content'] if messages[-1].content != 'c' else '')")
+    with pytest.raises(InputError, match=r"^line 2: the chat template writes the prompt diff"):
+        all_pair_texts(rows, byte_tokenizer(template=drops))

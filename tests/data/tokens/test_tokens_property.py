@@ -7,15 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.data.tokens.byte_level import EOS, EOS_ID, TEMPLATES, byte_tokenizer, decoded
 from tpmm_pl.data.batching import collate
+from tpmm_pl.data.packing import pad_tree
 from tpmm_pl.data.rows.formats import RawPair
 from tpmm_pl.data.tokens.chat import tokenize_pairs
 from tpmm_pl.data.tokens.encoding import encode
-from tpmm_pl.types import IGNORE_INDEX, Pair
+from tpmm_pl.types import Pair
 
 Turn = dict[str, str]
 
@@ -59,13 +61,15 @@ def written(row: RawPair) -> tuple[str, str, str]:
 
 
 def labelled(pair: Pair) -> list[list[int]]:
-    """The positions of chosen and rejected row that carry a label, checked to be their tokens."""
-    batch = collate([pair], pad_id=0)
+    """The positions of chosen and rejected row that are scored, checked to be their tokens."""
+    tree = collate([pair]).tree
+    places = tree.positions[tree.states[tree.state_of]] + 1
+    rows = pad_tree(tree)[0]
     positions = []
-    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
-        found = [at for at, label in enumerate(labels) if label != IGNORE_INDEX]
-        assert [ids[at] for at in found] == [labels[at] for at in found]
-        positions.append(found)
+    for number, ids in enumerate(rows):
+        found = places[tree.row_of == number]
+        assert torch.equal(ids[found], tree.targets[tree.row_of == number])
+        positions.append(found.tolist())
     return positions
 
 
