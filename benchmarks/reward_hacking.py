@@ -103,12 +103,12 @@ def judge_settings(root: Path) -> dict[str, tuple[str, dict[str, object]]]:
     """Return class and settings of every arm's judge, as a config has them."""
     members = [str(folder(root, name)) for name in MEMBERS]
     found: dict[str, tuple[str, dict[str, object]]] = {
-        arm: ("RewardModelJudge", {"name_or_path": str(folder(root, arm)), "batch_size": 512})
+        arm: ("RewardModelJudge", {"name_or_path": str(folder(root, arm))})
         for arm in ARMS
         if not arm.startswith("ensemble")
     }
     for combine in ("mean", "worst", "penalised", "weights"):
-        settings = {"names_or_paths": members, "combine": combine, "batch_size": 512}
+        settings = {"names_or_paths": members, "combine": combine}
         found[f"ensemble_{combine}"] = ("RewardEnsembleJudge", settings)
     return found
 

@@ -104,3 +104,18 @@ def test_the_users_mistakes_are_value_errors_and_broken_runs_are_not() -> None:
     assert issubclass(InputError, ValueError)
     assert issubclass(RunError, RuntimeError)
     assert not issubclass(RunError, ValueError)
+
+
+def test_recipes_merge_alike_whatever_strategy_or_grouping_says_so() -> None:
+    newest = Recipe("ema", (0, 1, 2), ((0.0, 0.0, 1.0),))
+    assert newest.merges_as(Recipe("last", (2,)))
+    groups = ("a", "b")
+    by_group = Recipe("learned", (1, 2), ((0.0, 1.0), (0.0, 1.0)), "layer", groups)
+    assert by_group.merges_as(newest)
+    assert not newest.merges_as(Recipe("last", (1,)))
+    assert not newest.merges_as(Recipe("uniform", (1, 2), ((0.5, 0.5),)))
+    mixed = Recipe("learned", (1, 2), ((0.0, 1.0), (1.0, 0.0)), "layer", groups)
+    assert mixed.merges_as(Recipe("uniform", (2, 1), ((1.0, 0.0), (0.0, 1.0)), "layer", groups))
+    assert not mixed.merges_as(
+        Recipe("learned", (1, 2), ((0.0, 1.0), (1.0, 0.0)), "block", ("c", "d"))
+    )

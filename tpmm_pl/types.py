@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -90,12 +90,16 @@ class TokenTree(NamedTuple):
 
     def lengths(self) -> Tensor:
         """Count the scored tokens of each row, ``(N,)`` float32."""
-        return torch.bincount(self.row_of, minlength=len(self.leaves)).float()
+        counts = torch.zeros(len(self.leaves), device=self.row_of.device)
+        return counts.index_add(0, self.row_of, torch.ones_like(self.row_of, dtype=torch.float32))
 
     def multiplicity(self) -> Tensor:
         """Count the rows that each token is part of, ``(T,)`` int64."""
-        leaves = torch.bincount(self.leaves, minlength=len(self.tokens)).cumsum(0)
-        before = torch.cat([leaves.new_zeros(1), leaves])
+        # bincount would ask the device for the largest index
+        ending = torch.zeros_like(self.tokens).index_add(
+            0, self.leaves, torch.ones_like(self.leaves)
+        )
+        before = torch.cat([ending.new_zeros(1), ending.cumsum(0)])
         return before[self.ends] - before[:-1]
 
 
@@ -182,8 +186,17 @@ class Recipe:
     """Names of the groups, length G, the order of ``coefficients``."""
 
     def merges_as(self, other: Recipe) -> bool:
-        """Say whether another recipe is the same merge, whatever strategy made it."""
-        return replace(self, strategy=other.strategy) == other
+        """Say whether another recipe is the same merge, whatever made it."""
+        ours, theirs = self._by_snapshot(), other._by_snapshot()
+        return ours == theirs and (len(ours) == 1 or self.groups == other.groups)
+
+    def _by_snapshot(self) -> list[dict[int, float]]:
+        # a row a group, or one for all of them; without what does not count
+        rows = [
+            {k: c for k, c in zip(self.snapshots, row, strict=True) if c}
+            for row in self.coefficients
+        ]
+        return rows[:1] if all(row == rows[0] for row in rows) else rows
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

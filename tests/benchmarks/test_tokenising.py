@@ -51,11 +51,11 @@ def test_the_tokenizer_has_its_vocabulary_and_its_template(drawn: tuple[list[Any
     assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_conversations_repeat_with_their_seed_and_share_a_system_prompt() -> None:
-    made = []
-    for seed in (0, 0, 1):
-        speech = script.Speech(seed)
-        made.append(script.draw_rows(5, speech, script.train_tokenizer(speech)))
+def test_conversations_repeat_with_their_seed_and_share_a_system_prompt(
+    drawn: tuple[list[Any], Any],
+) -> None:
+    _, tokenizer = drawn
+    made = [script.draw_rows(5, script.Speech(seed), tokenizer) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
     for row in made[0]:
         roles = [turn["role"] for turn in row["prompt"]]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tpmm_pl.data.table import MESSAGES, PairTable, arrow, as_table, join, longest_rows
+from tpmm_pl.data.table import MESSAGES, PairTable, arrow, as_table, join
 from tpmm_pl.data.table import with_reference as scored
 from tpmm_pl.types import Pair, PairLogps
 
@@ -102,7 +102,6 @@ def test_columns_and_lengths_follow_views_and_swaps(tmp_path: Path) -> None:
     assert table.column("flipped").tolist() == [True, False]
     lengths = {name: values.tolist() for name, values in table.lengths().items()}
     assert lengths == {"prompt_ids": [1, 2], "chosen_ids": [1, 2], "rejected_ids": [2, 1]}
-    assert longest_rows(table).tolist() == longest_rows(list(table)).tolist() == [3, 4]
 
 
 def test_parts_are_joined_in_order_whatever_they_are(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from tpmm_pl.types import InputError, PairBatch, RunError
 FUSED = partial(torch.optim.AdamW, lr=1e-3, fused=True)
 # what reads a value on the host, or asks for a size that only values tell
 READING = {
-    *("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"),
+    *("_local_scalar_dense", "is_nonzero", "bincount", "nonzero"),
+    *("masked_select", "equal", "_unique2"),
     *("unique_consecutive", "unique_dim", "repeat_interleave"),
 }
 COPYING = ("cpu", "numpy", "tolist", "__array__")
@@ -101,6 +102,7 @@ def watched(module: Any, reads: Reads) -> list[int]:
     "read",
     [
         *map(methodcaller, ("item", "tolist", "cpu", "numpy", "nonzero", "unique")),
+        lambda tensor: tensor.long().bincount(),
         *(bool, float, int, lambda tensor: tensor[tensor > 0], lambda tensor: tensor.equal(tensor)),
     ],
 )

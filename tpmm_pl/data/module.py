@@ -281,10 +281,14 @@ class FusionData(RunData):
     """The held-out pairs of a finished run, for a fit of a ``FusionWeights`` of its own.
 
     Which run, the number of steps and the batch size are the module's.
+
+    Args:
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
     """
 
-    def __init__(self) -> None:
-        super().__init__(batch_size=1)
+    def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:
+        super().__init__(batch_size=1, token_budget=token_budget)
 
     def train_dataloader(self) -> DataLoader[Pair]:
         """Return the batches of the fit.

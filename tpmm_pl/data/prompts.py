@@ -7,6 +7,7 @@ from functools import partial
 from itertools import chain
 
 from tpmm_pl.data.module import RunData
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.prepare import Data, announce, refuse_setting, sound_parts
 from tpmm_pl.data.rows.formats import prompts
 from tpmm_pl.data.rows.report import DataReport
@@ -29,6 +30,8 @@ class PromptData(RunData):
             ``train`` is held out.
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
         prompts_per_round: Prompts of a round; all are gone through again when used up.
         fuse_prompts_per_round: Held-out prompts answered after a round.
         fuse_fraction: Share of the prompts held out for them.
@@ -44,6 +47,7 @@ class PromptData(RunData):
         evaluation: dict[str, Data] | None = None,
         eval_fraction: float = 0.05,
         batch_size: int = 8,
+        token_budget: int = TOKEN_BUDGET,
         prompts_per_round: int = 256,
         fuse_prompts_per_round: int = 64,
         fuse_fraction: float = 0.2,
@@ -52,7 +56,7 @@ class PromptData(RunData):
         max_eval_prompts: int = 256,
         max_bad_rows: int = 0,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, token_budget)
         self.train = as_sources(train)
         self.evaluation = {d: as_sources(data) for d, data in (evaluation or {}).items()}
         self.eval_fraction = eval_fraction

@@ -242,12 +242,3 @@ def with_reference(pairs: Sequence[Pair], logps: PairLogps) -> PairTable:
     found = {"ref_chosen_logps": logps.chosen, "ref_rejected_logps": logps.rejected}
     columns = {name: values.double().cpu().numpy() for name, values in found.items()}
     return replace(table, numbers={**table.numbers, **columns})
-
-
-def longest_rows(pairs: Sequence[Pair]) -> NDArray[np.int64]:
-    """Return the tokens of each pair's prompt and longer completion, ``(B,)``."""
-    if not isinstance(pairs, PairTable):
-        longest = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-        return np.array(longest, dtype=np.int64)
-    lengths = pairs.lengths()
-    return lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])

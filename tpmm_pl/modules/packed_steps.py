@@ -45,7 +45,7 @@ class PackedSteps:
             longest = max(len(micro.tree.tokens) for micro in batch)
             raise RunError(
                 f"out of memory at a micro-batch of {longest} tokens; lower data.token_budget or"
-                " data.max_length, or set gradient_checkpointing of the model"
+                " data.max_length, or checkpoint the model's activations"
             ) from error
         optimizer = self.optimizers()
         if self.gradient_clip_val:

@@ -285,7 +285,7 @@ def joined(parts: Sequence[Routing]) -> Routing:
         parts: Of one router, at least one.
     """
     tokens = torch.stack([part.tokens for part in parts])
-    shares = tokens / tokens.sum().clamp_min(1)
+    shares = tokens.float() / tokens.sum().clamp_min(1)
     sums, means = ("importance", "load", "counts"), ("gate_entropy", "weight")
     columns = {name: torch.stack([getattr(p, name) for p in parts]) for name in (*sums, *means)}
     return Routing(

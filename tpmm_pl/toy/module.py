@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tpmm_pl.data.module import RunData
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.toy import prompts
 from tpmm_pl.toy.letters import Domain
@@ -21,6 +22,8 @@ class LettersData(RunData):
 
     Args:
         batch_size: Pairs an optimizer step.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
         prompts_per_round: Prompts of a round's training pairs.
         start_fuse_prompts: Held-out prompts answered by the starting policy.
         fuse_prompts_per_round: Held-out prompts answered by every later policy.
@@ -30,12 +33,13 @@ class LettersData(RunData):
     def __init__(
         self,
         batch_size: int = 64,
+        token_budget: int = TOKEN_BUDGET,
         prompts_per_round: int = 192,
         start_fuse_prompts: int = 192,
         fuse_prompts_per_round: int = 96,
         evaluation_prompts: int = 256,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, token_budget)
         self.prompts_per_round = prompts_per_round
         self.start_fuse_prompts = start_fuse_prompts
         self.fuse_prompts_per_round = fuse_prompts_per_round

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.rewards import RewardPairs
 from tpmm_pl.models.reward import PretrainedReward
 from tpmm_pl.moe.routing import MoESettings
@@ -51,6 +52,8 @@ class LettersRewardData(RewardPairs):
 
     Args:
         batch_size: Pairs an optimizer step.
+        token_budget: Tokens that go through the model at once; a step of more is cut into
+            micro-batches, with the same gradient.
         pairs: Pairs drawn; those of two equal answers are left out.
         split: ``train``, or ``fuse`` for the held-out pairs that experts are consolidated on.
         annotator: Labels training and held-out pairs.
@@ -61,13 +64,14 @@ class LettersRewardData(RewardPairs):
     def __init__(
         self,
         batch_size: int = 64,
+        token_budget: int = TOKEN_BUDGET,
         pairs: int = 8192,
         split: Literal["train", "fuse"] = "train",
         annotator: Judge | None = None,
         noise: LabelNoise | None = None,
         evaluation_pairs: int = 1024,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, token_budget)
         self.pairs = pairs
         self.split: Split = split
         self.annotator = annotator or LettersProxy()
