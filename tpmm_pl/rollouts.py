@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tpmm_pl.data.notices import say
 from tpmm_pl.models.decoding import Decoding, decode, decode_with_generate, shares_prefill
 from tpmm_pl.models.draws import row_keys
+from tpmm_pl.modes import evaluating
 from tpmm_pl.types import Completion, Prompt
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def sample_completions(
     )
     started, tokens = time.perf_counter(), 0
     bar = tqdm(total=len(jobs), desc=title, unit="completion", leave=False, disable=None)
-    with bar, _evaluating(model):
+    with bar, evaluating(model):
         while order:
             # whole prompts where one fits: the next batch would prefill the last one again
             chosen = order[: batch_size - batch_size % samples or batch_size]
@@ -128,13 +128,3 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 @cache
 def _say_prompts_are_not_shared(name: str) -> None:
     say(f"{name} has no cache of keys and values: each sample of a prompt reads it anew")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -61,7 +61,8 @@ def test_two_pairs_make_this_tree() -> None:
 def test_all_chosen_rows_come_before_all_rejected_ones() -> None:
     first = Pair("a", "", "", "", (1, 2), (3,), (4, 5))
     second = Pair("b", "", "", "", (6,), (7,), (8,))
-    assert pair_rows([first, second]) == [
+    rows = [(tuple(prompt), tuple(ids)) for prompt, ids in pair_rows([first, second])]
+    assert rows == [
         ((1, 2), (3,)),
         ((6,), (7,)),
         ((1, 2), (4, 5)),

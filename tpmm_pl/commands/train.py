@@ -174,6 +174,7 @@ def train() -> None:
         warnings.filterwarnings("ignore", message=f".*{renamed}.*", category=FutureWarning)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO)  # to run.log: how fast completions were sampled
     defaults = {
         "enable_progress_bar": sys.stderr.isatty(),
         "enable_model_summary": False,

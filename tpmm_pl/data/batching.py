@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pair_rows
@@ -25,32 +24,27 @@ def collate(pairs: Sequence[Pair]) -> PairBatch:
     Args:
         pairs: ``B`` pairs, at least one.
     """
-    pairs = list(pairs)  # once: a table makes its pairs when they are asked for
-    return PairBatch(
-        tree=pack_rows(pair_rows(pairs)),
-        weight=_floats([pair.weight for pair in pairs]),
-        reference=PairLogps(
-            chosen=_floats([pair.ref_chosen_logps for pair in pairs]),
-            rejected=_floats([pair.ref_rejected_logps for pair in pairs]),
-        ),
-        margin=_floats([pair.margin for pair in pairs]),
+    table = as_table(pairs)
+    names = ("weight", "ref_chosen_logps", "ref_rejected_logps", "margin")
+    weight, chosen, rejected, margin = (
+        torch.tensor(table.column(name), dtype=torch.float32) for name in names
     )
+    tree = pack_rows(pair_rows(table))
+    return PairBatch(tree, weight=weight, reference=PairLogps(chosen, rejected), margin=margin)
 
 
 def micro_batches(pairs: Sequence[Pair], token_budget: int = TOKEN_BUDGET) -> list[PairBatch]:
-    """Pack the pairs of an optimizer step into batches that go through the model one by one.
+    """Pack pairs into batches that go through a model one by one.
 
     Args:
-        pairs: All of them are used, once.
+        pairs: As the pairs of an optimizer step; each is used once.
         token_budget: Largest number of tokens of a batch; a longer pair is a batch of its own.
 
     Returns:
-        At least one batch; pairs of one prompt stand together.
+        Pairs of one prompt stand together.
     """
-    pairs = list(pairs)
-    lengths = [(len(p.prompt_ids), len(p.chosen_ids) + len(p.rejected_ids)) for p in pairs]
-    cut = cut_by_tokens([pair.prompt_ids for pair in pairs], np.array(lengths), token_budget)
-    return [collate([pairs[index] for index in part]) for part in cut]
+    table = as_table(pairs)
+    return [collate(table.select(part)) for part in pair_batches(table, token_budget)]
 
 
 def cut_by_tokens(
@@ -268,7 +262,3 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     # hashed: seeds and epochs are small numbers, and (1, 2) must not be (2, 1)
     digest = sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _floats(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tpmm_pl.data.table import as_table
 from tpmm_pl.types import Pair, TokenTree
 
 TOKEN_BUDGET = 4096
 """Tokens that go through a model at once, unless set otherwise."""
 
-Ids = Sequence[int]
-"""Token ids; tuples sort fastest."""
+Ids = Sequence[int] | NDArray[np.integer[Any]]
+"""Token ids; arrays pack fastest."""
 
 
 def pack_rows(rows: Sequence[tuple[Ids, Ids]]) -> TokenTree:
@@ -38,8 +40,9 @@ def pack_rows(rows: Sequence[tuple[Ids, Ids]]) -> TokenTree:
     for number, (_, completion) in enumerate(rows):
         if not len(completion):
             raise ValueError(f"row {number} of {len(rows)} has an empty completion")
-    whole = [np.array([*prompt, *completion], dtype=np.int64) for prompt, completion in rows]
-    order = sorted(range(len(rows)), key=lambda row: whole[row].tolist())
+    whole = [np.concatenate(row, dtype=np.int64, casting="unsafe") for row in rows]
+    # big-endian bytes sort as the ids do, without an object for each of them
+    order = sorted(range(len(rows)), key=[ids.astype(">i8").tobytes() for ids in whole].__getitem__)
     shared = [0, *(_common(whole[a], whole[b]) for a, b in pairwise(order))]
     total = sum(len(row) for row in whole) - sum(shared)
     tokens, positions, ends = (np.empty(total, dtype=np.int64) for _ in range(3))
@@ -55,8 +58,10 @@ def pack_rows(rows: Sequence[tuple[Ids, Ids]]) -> TokenTree:
     ends[path] = count
     # the first token of a row without a prompt is predicted by nothing
     begins = [max(1, len(prompt)) for prompt, _ in rows]
-    predicting = [paths[row][begin - 1 : -1] for row, begin in enumerate(begins)]
-    states, state_of = np.unique(np.concatenate(predicting), return_inverse=True)
+    predicting = np.concatenate([paths[row][begin - 1 : -1] for row, begin in enumerate(begins)])
+    used = np.zeros(total, dtype=bool)
+    used[predicting] = True
+    states, state_of = np.flatnonzero(used), used.cumsum()[predicting] - 1
     scored = [whole[row][begin:] for row, begin in enumerate(begins)]
     arrays = (
         tokens,
@@ -73,8 +78,7 @@ def pack_rows(rows: Sequence[tuple[Ids, Ids]]) -> TokenTree:
 
 def pair_rows(pairs: Sequence[Pair]) -> list[tuple[Ids, Ids]]:
     """Return the rows of B pairs: all chosen, then all rejected sequences."""
-    chosen: list[tuple[Ids, Ids]] = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    return chosen + [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
+    return [*as_table(pairs).token_rows()]
 
 
 def pad_tree(tree: TokenTree, pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -100,5 +104,5 @@ def pad_tree(tree: TokenTree, pad_id: int = 0) -> tuple[Tensor, Tensor]:
 
 def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
     shorter = min(len(a), len(b))
-    different = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(different[0]) if len(different) else shorter
+    different = a[:shorter] != b[:shorter]
+    return int(different.argmax()) if different.any() else shorter

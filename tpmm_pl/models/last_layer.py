@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tpmm_pl.modes import evaluating
+
 
 def last_feed_forward(decoder: nn.Module) -> nn.Module | None:
     """Find the largest part of the last block that treats every token by itself.
@@ -63,15 +65,15 @@ def _size(module: nn.Module) -> int:
 
 
 def _is_token_wise(module: nn.Module, width: int) -> bool:
-    parameter = next(module.parameters(), None)
-    if parameter is None:
+    matrices = [p for p in module.parameters() if p.ndim == 2]
+    if len(matrices) < 2:  # a norm, or half of a layer
         return False
-    some = [1, 4]
+    some, parameter = [0, 3], matrices[0]
     dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
     states = torch.linspace(-1, 1, 6 * width, dtype=dtype, device=parameter.device)
     states = states.reshape(1, 6, width)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(module):
             whole, part = module(states), module(states[:, some])
     except Exception:  # called otherwise than with states alone, as attention is
         return False

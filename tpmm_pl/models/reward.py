@@ -24,11 +24,11 @@ from tpmm_pl.models.moe_checkpoint import save_moe
 from tpmm_pl.models.padding import separate_padding, use_padding
 from tpmm_pl.models.tree_pass import (
     TreePass,
-    evaluating,
     note_refusal,
     on_device,
     unwrapped,
 )
+from tpmm_pl.modes import evaluating
 from tpmm_pl.moe.convert import moe_layers, upcycle
 from tpmm_pl.moe.routing import MoESettings
 from tpmm_pl.types import InputError, PairBatch, Rewards, TokenTree

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tpmm_pl.data.batching import cut_by_tokens, pair_batches
 from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pair_rows
+from tpmm_pl.data.table import as_table
 from tpmm_pl.logps import head_logps, split_pairs, token_logps
-from tpmm_pl.models.tree_pass import TreePass, evaluating, on_device, unwrapped
+from tpmm_pl.models.tree_pass import TreePass, on_device, unwrapped
+from tpmm_pl.modes import evaluating
 from tpmm_pl.types import Completion, Pair, PairBatch, PairLogps, TokenTree
 
 
@@ -76,8 +78,9 @@ def score_pairs(
     scorer = PairScorer(model)
     device = next(model.parameters()).device
     chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
-    for indices in pair_batches(pairs, token_budget):
-        tree = on_device(pack_rows(pair_rows([pairs[index] for index in indices])), device)
+    table = as_table(pairs)
+    for indices in pair_batches(table, token_budget):
+        tree = on_device(pack_rows(pair_rows(table.select(indices))), device)
         logps = split_pairs(scorer.rows(tree).cpu())
         chosen[indices], rejected[indices] = logps
     return PairLogps(chosen, rejected)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -16,6 +15,7 @@ from tpmm_pl.data.packing import pack_rows, pad_tree
 from tpmm_pl.models.last_layer import last_feed_forward, only_at
 from tpmm_pl.models.location import first_line
 from tpmm_pl.models.tree_attention import TreeMask, attend_trees
+from tpmm_pl.modes import evaluating
 from tpmm_pl.moe.convert import moe_layers
 from tpmm_pl.types import TokenTree
 
@@ -151,17 +151,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model of transformers inside of one of peft; any other as it is."""
     get_base = getattr(model, "get_base_model", None)
     return model if get_base is None else cast(nn.Module, get_base())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def on_device(tree: TokenTree, device: torch.device) -> TokenTree:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from tpmm_pl.modes import evaluating
 from tpmm_pl.types import InputError
 
 Activation = Callable[[Tensor], Tensor]
@@ -271,7 +271,7 @@ def _probe(linear: nn.Module) -> Tensor:
 def _computes(module: nn.Module, x: Tensor, expected: Tensor) -> bool:
     """Say whether a module maps ``x`` to ``expected``, within what its dtype resolves."""
     try:
-        with _evaluating(module):
+        with evaluating(module):
             found = module(x)
     except _REFUSALS:
         return False  # built for other arguments: no feed-forward layer
@@ -288,7 +288,7 @@ def _splits(output: nn.Module, down_name: str, hidden: Tensor, residual: Tensor)
         return False
     down = output.get_submodule(down_name)
     try:
-        with _evaluating(output):
+        with evaluating(output):
             whole = output(hidden, residual)
             output.set_submodule(down_name, nn.Identity())
             split = output(down(hidden), residual)
@@ -297,17 +297,6 @@ def _splits(output: nn.Module, down_name: str, hidden: Tensor, residual: Tensor)
     finally:
         output.set_submodule(down_name, down)
     return torch.equal(whole, split)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
 
 
 def _arguments(module: nn.Module) -> int:
