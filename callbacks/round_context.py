@@ -60,7 +60,7 @@ class RoundContext:
     @property
     def reference_cache(self) -> Path:
         """Folder of log-probabilities, shared by the runs beside this one."""
-        return self.store.root.parents[1] / ".reference"
+        return self.store.root.absolute().parent.parent / ".reference"
 
     @property
     def holds(self) -> Recipe | None:

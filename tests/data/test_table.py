@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +57,22 @@ def test_a_table_is_a_sequence_of_its_pairs(tmp_path: Path) -> None:
     assert list(table.select([9, 0, 9])) == [PAIRS[9], PAIRS[0], PAIRS[9]]
     with pytest.raises(IndexError):
         table[10]
+
+
+def test_the_names_of_some_prompts_are_read_without_those_of_all() -> None:
+    class OneByOne:
+        def __init__(self, cells: Any) -> None:
+            self.cells = cells
+
+        def column(self, name: str) -> OneByOne:
+            return OneByOne(self.cells.column(name))
+
+        def __getitem__(self, row: int) -> Any:
+            return self.cells[row]
+
+    table = as_table(PAIRS)
+    some = replace(table, columns=OneByOne(table.columns)).select([7, 2])
+    assert some.column("prompt_id").tolist() == ["p7", "p2"]
 
 
 @settings(deadline=None, max_examples=50)

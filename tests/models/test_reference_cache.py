@@ -1,6 +1,8 @@
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,39 @@ def test_autocast_and_scales_of_adapters_miss(tmp_path: Path, passes: list[int])
     with torch.autocast("cpu", torch.bfloat16):
         score(adapted(4), tmp_path)
     assert len(passes) == 3
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda model: model.set_adapter("other"),
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: model.merge_adapter(),
+    ],
+)
+def test_adapters_switched_without_a_change_of_weights_miss(
+    switch: Callable[[Any], None], tmp_path: Path, passes: list[int]
+) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), settings)
+    model.add_adapter("other", settings)
+    before = score(model, tmp_path)
+    weights = copy.deepcopy(model.state_dict())
+    switch(model)
+    model.load_state_dict(weights)
+    after = score(model, tmp_path)
+    assert len(passes) == 2
+    assert not torch.equal(torch.stack(before), torch.stack(after))
+
+
+def test_a_folder_that_cannot_be_made_costs_only_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    logps = score(tiny_llama(), tmp_path / "file" / "cache")
+    assert torch.equal(torch.stack(logps), torch.stack(score_pairs(tiny_llama(), PAIRS)))
+    assert "are not kept" in capsys.readouterr().err
 
 
 def test_a_cut_entry_is_made_again(

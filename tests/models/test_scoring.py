@@ -226,3 +226,19 @@ def test_tokens_are_those_of_the_completions() -> None:
     mean = per_token(PairLogps(-2 * tokens.chosen, -3 * tokens.rejected), tokens)
     assert mean.chosen.tolist() == [-2.0] * 9
     assert mean.rejected.tolist() == [-3.0] * 9
+
+
+def test_sums_are_kept_in_float32_whatever_the_default_is() -> None:
+    model, prompt = tiny_llama().bfloat16(), Prompt("p", "", (5, 6))
+    pairs = [Pair("p", "", "", "", (5, 6), (7,) * 20, (8, 9))]
+    expected = torch.stack(score_pairs(model, pairs)).flatten()
+    torch.set_default_dtype(torch.bfloat16)  # as a fit in bf16-true does
+    try:
+        found = torch.stack(score_pairs(model, pairs)).flatten()
+        answers = [Completion(prompt, 0, p, "", True, 0.0) for p in ((7,) * 20, (8, 9))]
+        sampled = score_completions(model, answers)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert expected.dtype == found.dtype == sampled.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(sampled, expected)

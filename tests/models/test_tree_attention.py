@@ -260,3 +260,20 @@ def test_on_cuda_a_tree_gives_what_padded_rows_give(family: str) -> None:
     (ours, of_ours), (expected, of_expected) = results
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     assert (of_ours - of_expected).norm() < 1e-3 * of_expected.norm()
+
+
+class OnCuda(Tensor):
+    is_cuda = True
+
+
+def test_the_kernel_of_cuda_gets_one_dtype_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def kernel(_: object, *inputs: Tensor, **__: object) -> None:
+        seen.extend(tensor.dtype for tensor in inputs[:3])
+
+    monkeypatch.setattr(attention, "flex_attention_forward", kernel)
+    query = torch.randn(1, 1, len(TREE.tokens), 2).as_subclass(OnCuda)
+    mask = TreeMask(TREE)
+    tree_attention(nn.Identity(), query, query, query.bfloat16(), None, otherwise="sdpa", tree=mask)
+    assert seen == [torch.bfloat16] * 3

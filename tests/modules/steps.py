@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,6 +97,7 @@ def fit(
     token_budget: int = WHOLE,
     batch_size: int = len(PAIRS),
     layout: str = "packed",
+    others: Sequence[Callback] = (),
     **settings: Any,
 ) -> Watch:
     """Train on the pairs in their order."""
@@ -104,7 +106,7 @@ def fit(
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=1,
-        callbacks=[watch] if layout == "packed" else [Padded(), watch],
+        callbacks=[*others, watch] if layout == "packed" else [*others, Padded(), watch],
         **{**usual, **quiet, **settings},
     )
     order: dict[str, Any] = {"seed": 0, "epoch": 0, "shuffle": False}

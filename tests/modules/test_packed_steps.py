@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from math import log
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -129,6 +131,27 @@ def test_no_gradient_of_a_step_is_left_for_the_next() -> None:
     still = partial(torch.optim.SGD, lr=0.0)
     first, second = fit(policy(still), [*PAIRS, *PAIRS], token_budget=SOME).gradients
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("module", [policy, reward], ids=["policy", "reward"])
+def test_weights_of_bfloat16_train(module: Callable[[], LightningModule]) -> None:
+    whole, cut = (fit(module(), token_budget=b, precision="bf16-true") for b in (WHOLE, SOME))
+    assert whole.metrics[0]["loss"] == pytest.approx(cut.metrics[0]["loss"], rel=0.02)
+
+
+class Probe(Callback):
+    """Leaves a gradient behind, as a look at one does."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        sum(p.sum() for p in pl_module.parameters()).backward()  # type: ignore[union-attr]
+
+
+def test_a_gradient_that_a_callback_leaves_is_not_of_the_step() -> None:
+    (alone,) = fit(policy()).gradients
+    (probed,) = fit(policy(), others=[Probe()]).gradients
+    assert torch.equal(alone, probed)
 
 
 def test_memory_that_does_not_suffice_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

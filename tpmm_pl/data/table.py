@@ -145,8 +145,9 @@ class PairTable(Sequence[Pair]):
         """Return one value a pair: ``prompt_id`` or a number, by the name of the field."""
         if name in self.numbers:
             return self.numbers[name]
-        values: NDArray[Any] = self.columns.column(name).to_numpy()
-        return values[self.rows]
+        cells = self.columns.column(name)
+        # one by one: the few rows of a batch must not cost a pass over all
+        return np.array([cells[row].as_py() for row in self.rows.tolist()], dtype=object)
 
     def lengths(self) -> dict[str, NDArray[np.int64]]:
         """Return the tokens of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, one a pair."""

@@ -23,6 +23,9 @@ from tpmm_pl.types import PairLogps
 _VERSION = 1
 """Raised when the same weights and tokens would get other values."""
 
+_STATES = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+"""Of a layer with adapters, what it computes by beside its weights."""
+
 
 def cached_logps(
     model: nn.Module, pairs: PairTable, folder: Path, *, token_budget: int = TOKEN_BUDGET
@@ -31,7 +34,7 @@ def cached_logps(
 
     The name of an entry is a hash of weights, configuration, precision and tokens, so that a hit
     is exact to the last bit, and a run with another learning rate or seed of training still finds
-    it. An entry that cannot be read is made again.
+    it. An entry that cannot be read is made again; where none can be written, a line says so.
 
     Args:
         model: As it scores, under the autocast that is on.
@@ -49,9 +52,11 @@ def cached_logps(
         except SafetensorError:
             say(f"{path} cannot be read; its pairs are scored again")
     logps = score_pairs(model, pairs, token_budget=token_budget)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        save_file(logps._asdict(), beside)
+    try:
+        with replacing(path) as beside:
+            save_file(logps._asdict(), beside)
+    except (OSError, SafetensorError) as error:
+        say(f"{folder} cannot be written ({error}); log-probabilities are not kept")
     return logps
 
 
@@ -65,11 +70,10 @@ def _key(model: nn.Module, pairs: PairTable) -> str:
 def _of_model(model: nn.Module) -> Iterator[bytes]:
     device = next(model.parameters()).device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    # scales of adapters are no weights
-    scales = [vars(module).get("scaling") for module in model.modules()]
+    states = [[vars(module).get(name) for name in _STATES] for module in model.modules()]
     config = getattr(unwrapped(model), "config", None)
     settings = None if config is None else config.to_json_string(use_diff=False)
-    yield repr((_VERSION, autocast, [scale for scale in scales if scale], settings)).encode()
+    yield repr((_VERSION, autocast, [state for state in states if any(state)], settings)).encode()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

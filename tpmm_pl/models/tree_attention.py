@@ -199,14 +199,14 @@ def tree_attention(
         unknown.append("a window in its mask only")
     if unknown:
         raise ValueError(f"attention with {', '.join(unknown)} has no form for token trees")
+    # autocast may hand over values in another dtype than rotated queries and keys
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda:
         return flex_attention_forward(
             module, query, key, value, tree.blocks(sliding_window),
             scaling=scaling, softcap=softcap, dropout=dropout,
         )  # fmt: skip
     attend = partial(_attend, scale=scaling, softcap=softcap, dropout=dropout)
-    # autocast may hand over values in another dtype than rotated queries and keys
-    query, key = query.to(value.dtype), key.to(value.dtype)
     return _chained(query, key, value, tree, sliding_window, attend), None
 
 

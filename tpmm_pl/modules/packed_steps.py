@@ -36,6 +36,8 @@ class PackedSteps:
         Raises:
             RunError: If the memory of the device does not suffice.
         """
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # what a callback has left there
         pairs = sum(len(micro.weight) for micro in batch)
         try:
             for number, micro in enumerate(batch, 1):
@@ -47,11 +49,10 @@ class PackedSteps:
                 f"out of memory at a micro-batch of {longest} tokens; lower data.token_budget or"
                 " data.max_length, or checkpoint the model's activations"
             ) from error
-        optimizer = self.optimizers()
         if self.gradient_clip_val:
             self._clip(optimizer, self.gradient_clip_val)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # the memory is free for what comes between steps
 
     def _unsynced(self) -> AbstractContextManager[None]:
         # processes average their gradients once a step, with the last micro-batch
