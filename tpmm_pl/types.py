@@ -90,8 +90,8 @@ class TokenTree(NamedTuple):
 
     def lengths(self) -> Tensor:
         """Count the scored tokens of each row, ``(N,)`` float32."""
-        counts = torch.zeros(len(self.leaves), device=self.row_of.device)
-        return counts.index_add(0, self.row_of, torch.ones_like(self.row_of, dtype=torch.float32))
+        ones = torch.ones_like(self.row_of, dtype=torch.float32)
+        return ones.new_zeros(len(self.leaves)).index_add(0, self.row_of, ones)
 
     def multiplicity(self) -> Tensor:
         """Count the rows that each token is part of, ``(T,)`` int64."""

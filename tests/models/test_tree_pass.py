@@ -260,3 +260,10 @@ def test_a_moved_tree_is_the_same_tree() -> None:
     back = on_device(TREE, torch.device("cpu"))
     assert isinstance(back, TokenTree)
     assert all(torch.equal(*both) for both in zip(back, TREE, strict=True))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT2"])
+def test_a_model_is_tried_out_in_its_own_precision_whatever_autocast_is_on(family: str) -> None:
+    model = family_model(family, initializer_range=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert PairScorer(model)._pass.packs

@@ -102,7 +102,7 @@ def score_rows(
         ``(M,)`` float32 on the CPU.
     """
     device = next(scorer.model.parameters()).device
-    scores = torch.empty(len(rows))
+    scores = torch.empty(len(rows), dtype=torch.float32)
     for chosen in _cut(rows, token_budget):
         tree = on_device(pack_rows([((), rows[row]) for row in chosen]), device)
         scores[chosen] = scorer.rows(tree).cpu()

@@ -77,7 +77,8 @@ def score_pairs(
     """
     scorer = PairScorer(model)
     device = next(model.parameters()).device
-    chosen, rejected = torch.empty(len(pairs)), torch.empty(len(pairs))
+    # not in the default dtype, which a fit in lower precision sets
+    chosen, rejected = torch.empty(2, len(pairs), dtype=torch.float32)
     table = as_table(pairs)
     for indices in pair_batches(table, token_budget):
         tree = on_device(pack_rows(pair_rows(table.select(indices))), device)
@@ -102,7 +103,7 @@ def score_completions(
     """
     scorer = PairScorer(model)
     device = next(model.parameters()).device
-    logps = torch.empty(len(completions))
+    logps = torch.empty(len(completions), dtype=torch.float32)
     rows = [(one.prompt.ids, one.ids) for one in completions]
     lengths = np.array([(len(prompt), len(ids)) for prompt, ids in rows])
     for indices in cut_by_tokens([prompt for prompt, _ in rows], lengths, token_budget):

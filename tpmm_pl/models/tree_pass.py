@@ -107,7 +107,9 @@ class TreePass:
         vocabulary = cast(Any, inner.get_input_embeddings()).weight.shape[0]
         tree = on_device(_probe(vocabulary), device)
         tokens = tree.states[tree.state_of]
-        with evaluating(model), torch.no_grad():
+        # autocast would round more than the result's dtype tells
+        precise = torch.autocast(device.type, enabled=False)
+        with evaluating(model), torch.no_grad(), precise:
             try:
                 packed = self.packed(tree, tokens)
             except Exception as error:  # whatever a family's own code raises

@@ -211,7 +211,7 @@ class FusionWeights(LightningModule):
         coefficients = self.coefficients()
         self.merge.write(coefficients)
         pairs = sum(len(micro.weight) for micro in batch)
-        loss = torch.zeros((), device=batch[0].weight.device)
+        loss = torch.zeros((), dtype=torch.float32, device=batch[0].weight.device)
         with self.merge.gradient() as gradient:
             for micro in batch:
                 losses = self.objective(self.scorer(micro), micro, self.settings.beta)

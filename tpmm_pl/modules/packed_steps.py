@@ -15,7 +15,8 @@ from tpmm_pl.types import PairBatch, RunError
 class PackedSteps:
     """Takes one optimizer step on several micro-batches; for a LightningModule to inherit.
 
-    The gradient is that of the mean over all pairs, however they are cut into micro-batches.
+    The gradient is that of the mean over all pairs, however they are cut into micro-batches; but
+    for losses that look at several pairs at once, which see those of one micro-batch.
     """
 
     gradient_clip_val: float | None
