@@ -260,7 +260,8 @@ def peak_in_this_process(way: str, count: int, root: Path, shape: Shape) -> int:
     """Take four steps on one pair, so that weights outweigh activations; return the peak."""
     model = random_llama(shape)
     zeros = PairLogps(torch.zeros(1), torch.zeros(1))
-    batch = collate(draw_pairs(1, shape.vocabulary))._replace(reference=zeros)
+    batch = collate(draw_pairs(1, shape.vocabulary))
+    batch.reference = zeros
     with PeakOfMemory() as memory:
         step = WAYS[way](model, TrajectoryStore(root), count)
         for _ in range(4):

@@ -51,8 +51,8 @@ class Lengths(NamedTuple):
 
 
 PROMPTS, COMPLETIONS = Lengths(40, 1.1, 40, 400), Lengths(30, 1.0, 10, 150)
-"""4 pairs have 1,410 to 3,550 tokens padded and 570 to 1,110 distinct ones (5 to 95 %); batches of HH
-were counted at 1,400 to 3,600 and 600 to 1,024."""
+"""4 pairs have 1,410 to 3,550 tokens padded and 570 to 1,110 distinct ones (5 to 95 %); batches of
+HH were counted at 1,400 to 3,600 and 600 to 1,024."""
 
 
 def draw_pairs(count: int, vocabulary: int, seed: int = 0) -> list[Pair]:

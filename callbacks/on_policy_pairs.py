@@ -12,7 +12,7 @@ from tpmm_pl.callbacks.round_pairs import RoundPairs
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.pairing import check_method, pair_completions
 from tpmm_pl.rollouts import sample_completions
-from tpmm_pl.types import InputError, Judge, OffersPrompts, Pair, Prompt, Recipe
+from tpmm_pl.types import Completion, InputError, Judge, OffersPrompts, Pair, Prompt, Recipe
 
 
 class OnPolicyPairs(RoundPairs):
@@ -115,7 +115,7 @@ class OnPolicyPairs(RoundPairs):
                 batch_size=self.batch_size,
                 title=f"round {context.round_index}: sampling {stage.replace('_', ' ')}",
             )
-        return pair_completions(
+        pairs = pair_completions(
             completions,
             self.annotator(completions),
             method=self.method,
@@ -123,6 +123,20 @@ class OnPolicyPairs(RoundPairs):
             generator=context.generator(stage),
             min_margin=self.min_margin,
         )
+        return with_sampler(pairs, completions)
+
+
+def with_sampler(pairs: Sequence[Pair], completions: Sequence[Completion]) -> list[Pair]:
+    """Return pairs with the log-probabilities that sampling has kept of their completions."""
+    logps = {(c.prompt.prompt_id, c.ids): c.logps for c in completions}
+    return [
+        replace(
+            pair,
+            ref_chosen_logps=logps[pair.prompt_id, pair.chosen_ids],
+            ref_rejected_logps=logps[pair.prompt_id, pair.rejected_ids],
+        )
+        for pair in pairs
+    ]
 
 
 def _data(context: RoundContext) -> OffersPrompts:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import exp, inf, nan
 
 import pytest
@@ -107,8 +106,7 @@ def test_names_of_online_rlhf_are_understood(alias: str, name: str) -> None:
 
 
 def test_a_pair_holds_what_it_was_made_of() -> None:
-    first, second = completions("p", "ab")
-    (made,) = pair([replace(first, logps=-1.0), replace(second, logps=-2.0)], [1.0, 2.0])
+    (made,) = pair(completions("p", "ab"), [1.0, 2.0])
     assert made == Pair(
         prompt_id="p",
         prompt="<p>",
@@ -119,10 +117,11 @@ def test_a_pair_holds_what_it_was_made_of() -> None:
         rejected_ids=(97,),
         score_chosen=2.0,
         score_rejected=1.0,
-        ref_chosen_logps=-2.0,
-        ref_rejected_logps=-1.0,
+        ref_chosen_logps=made.ref_chosen_logps,
+        ref_rejected_logps=made.ref_rejected_logps,
     )
     assert (made.flipped, made.weight) == (False, 1.0)
+    assert made.ref_chosen_logps != made.ref_chosen_logps  # NaN: not scored yet
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -137,8 +137,6 @@ def _pair(winner: Scored, loser: Scored, flipped: bool) -> Pair:
         score_chosen=score_chosen,
         score_rejected=score_rejected,
         flipped=flipped,
-        ref_chosen_logps=chosen.logps,
-        ref_rejected_logps=rejected.logps,
     )
 
 

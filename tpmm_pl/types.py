@@ -82,6 +82,10 @@ class TokenTree(NamedTuple):
     row_of: Tensor
     """``(S,)``; the row of each of them."""
 
+    def to(self, device: torch.device) -> TokenTree:
+        """Return the tree on a device."""
+        return TokenTree(*(tensor.to(device) for tensor in self))
+
     def sums(self, values: Tensor) -> Tensor:
         """Add up values of scored tokens ``(S,)`` by row, ``(N,)`` float32, in float64."""
         # a float32 sum over a long completion loses up to 6e-6 of the loss
@@ -103,16 +107,33 @@ class TokenTree(NamedTuple):
         return before[self.ends] - before[:-1]
 
 
-class PairBatch(NamedTuple):
-    """Pairs as one token tree; rows ``0..B-1`` are the chosen, ``B..2B-1`` the rejected ones."""
+class PairBatch:
+    """Pairs as one token tree; rows ``0..B-1`` are the chosen, ``B..2B-1`` the rejected ones.
 
-    tree: TokenTree
-    weight: Tensor
-    """``(B,)`` float32."""
-    reference: PairLogps
-    """``(B,)`` each; NaN where the pair has not been scored under a reference."""
-    margin: Tensor = torch.zeros(1)
-    """``(B,)`` float32; by how much the chosen reward is to exceed the rejected one."""
+    No collection of tensors, on purpose: a Trainer of half precision rounds the floats in those,
+    and a log-probability of -300 nats rounded to bfloat16 is off by a nat.
+
+    Args:
+        tree: The 2 B rows.
+        weight: ``(B,)`` float32.
+        reference: ``(B,)`` each; NaN where the pair has not been scored under a reference.
+        margin: ``(B,)`` float32; by how much the chosen reward is to exceed the rejected one.
+    """
+
+    def __init__(
+        self, tree: TokenTree, weight: Tensor, reference: PairLogps, margin: Tensor
+    ) -> None:
+        self.tree = tree
+        self.weight = weight
+        self.reference = reference
+        self.margin = margin
+
+    def to(self, device: torch.device) -> PairBatch:
+        """Return the batch on a device."""
+        reference = PairLogps(*(values.to(device) for values in self.reference))
+        return PairBatch(
+            self.tree.to(device), self.weight.to(device), reference, self.margin.to(device)
+        )
 
 
 @dataclass(frozen=True)

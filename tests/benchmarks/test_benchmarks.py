@@ -132,7 +132,9 @@ def _batch(model: torch.nn.Module) -> PairBatch:
     logps = score_pairs(model, pairs)
     # away from the start, where the loss is log 2 and its slope the same for all pairs
     shifted = PairLogps(logps.chosen - 3, logps.rejected + 2)
-    return collate(pairs)._replace(reference=shifted)
+    batch = collate(pairs)
+    batch.reference = shifted
+    return batch
 
 
 def test_operations_of_a_mixture_are_those_of_its_active_experts() -> None:

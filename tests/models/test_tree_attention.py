@@ -17,7 +17,6 @@ from tpmm_pl.models import tree_attention as attention
 from tpmm_pl.models import tree_pass
 from tpmm_pl.models.scoring import PairScorer
 from tpmm_pl.models.tree_attention import Chain, TreeMask, chains, tree_attention
-from tpmm_pl.models.tree_pass import on_device
 from tpmm_pl.types import TokenTree
 
 #     0 - 1 - 2 - 3 - 4          a prompt of two, an answer of three,
@@ -253,7 +252,7 @@ def test_on_cuda_a_tree_gives_what_padded_rows_give(family: str) -> None:
         scorer = PairScorer(model)
         assert scorer._pass.packs
         scorer._pass.packs = packs
-        rows = scorer.rows(on_device(TREE, torch.device("cuda")))
+        rows = scorer.rows(TREE.to(torch.device("cuda")))
         rows.square().mean().backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((rows.detach(), gradient))

@@ -17,7 +17,7 @@ from tpmm_pl.data.packing import Ids, pack_rows, pad_tree
 from tpmm_pl.models import tree_pass
 from tpmm_pl.models.reward import RewardScorer
 from tpmm_pl.models.scoring import PairScorer
-from tpmm_pl.models.tree_pass import length_groups, on_device
+from tpmm_pl.models.tree_pass import length_groups
 from tpmm_pl.types import TokenTree
 
 PROMPT = (3, 4, 5, 6, 7, 8)
@@ -255,9 +255,9 @@ def test_what_fills_the_padded_rows_changes_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_moved_tree_is_the_same_tree() -> None:
-    moved = on_device(TREE, torch.device("meta"))
+    moved = TREE.to(torch.device("meta"))
     assert {tensor.device for tensor in moved} == {torch.device("meta")}
-    back = on_device(TREE, torch.device("cpu"))
+    back = TREE.to(torch.device("cpu"))
     assert isinstance(back, TokenTree)
     assert all(torch.equal(*both) for both in zip(back, TREE, strict=True))
 

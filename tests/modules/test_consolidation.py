@@ -57,7 +57,8 @@ def believed(teacher: torch.nn.Module, made: list[Pair]) -> PairBatch:
         rewards = RewardScorer(teacher)(batch)
         belief = (rewards.chosen - rewards.rejected).sigmoid()
     both = collate([*made, *[_swapped(pair) for pair in made]])
-    return both._replace(weight=torch.cat([belief, 1 - belief]))
+    both.weight = torch.cat([belief, 1 - belief])
+    return both
 
 
 def _swapped(pair: Pair) -> Pair:
@@ -161,7 +162,8 @@ def test_a_collapse_names_the_expert() -> None:
 
 
 def test_a_margin_of_a_pair_counts_as_in_training() -> None:
-    batch = collate(pairs(1, 2))._replace(margin=torch.tensor([0.0, 2.0]))
+    batch = collate(pairs(1, 2))
+    batch.margin = torch.tensor([0.0, 2.0])
     rewards = Rewards(torch.tensor([1.0, 3.0]), torch.zeros(2))
     # log(1 + exp(-1)) both times
     torch.testing.assert_close(ranking(rewards, batch, 1.0), torch.full((2,), 0.3132617))

@@ -57,7 +57,8 @@ def pairs(seed: int, count: int = 12) -> list[Pair]:
 
 def scored(made: list[Pair]) -> PairBatch:
     batch = collate(made)
-    return batch._replace(reference=score_pairs(policy(), made))
+    batch.reference = score_pairs(policy(), made)
+    return batch
 
 
 TRAINED, HELD_OUT = pairs(seed=1), pairs(seed=2)
@@ -239,7 +240,8 @@ def test_every_step_starts_from_the_coefficients_and_not_from_the_module(
 
 def test_the_loss_of_a_step_weighs_its_pairs(store: TrajectoryStore) -> None:
     batch = scored(TRAINED[:2])
-    one = fit(bound(store), [batch._replace(weight=torch.tensor([2.0, 0.0]))])
+    batch.weight = torch.tensor([2.0, 0.0])
+    one = fit(bound(store), [batch])
     alone = fit(bound(store), [scored(TRAINED[:1])])
     assert one.losses == pytest.approx(alone.losses, abs=1e-6)
     torch.testing.assert_close(one.coefficients(), alone.coefficients())
@@ -279,7 +281,7 @@ def test_every_objective_improves_along_its_fit(
 def test_the_objectives_by_hand() -> None:
     # completions of 2 and 1 tokens: -4 and -3 nats are -2 and -3 a token
     batch = collate([Pair("p", "", "", "", (6,), (7, EOS), (EOS,))])
-    batch = batch._replace(reference=PairLogps(torch.tensor([-5.0]), torch.tensor([-2.0])))
+    batch.reference = PairLogps(torch.tensor([-5.0]), torch.tensor([-2.0]))
     merged = PairLogps(torch.tensor([-4.0]), torch.tensor([-3.0]))
     # D is -1 under the merge and -3 under the start
     softplus = nn.functional.softplus

@@ -139,6 +139,23 @@ def test_weights_of_bfloat16_train(make: Callable[[], LightningModule]) -> None:
     assert whole.metrics[0]["loss"] == pytest.approx(cut.metrics[0]["loss"], rel=0.02)
 
 
+class Seen(Callback):
+    """Keeps the reference that a step gets."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.references = [float(v) for micro in batch for v in micro.reference.chosen]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_log_probabilities_that_come_with_pairs_are_never_rounded(precision: str) -> None:
+    seen = Seen()
+    fit(policy(), others=[seen], precision=precision)
+    expected = [pair.ref_chosen_logps for pair in PAIRS]
+    assert sorted(seen.references) == sorted(torch.tensor(expected).tolist())
+
+
 class Probe(Callback):
     """Leaves a gradient behind, as a look at one does."""
 

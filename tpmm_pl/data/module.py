@@ -37,7 +37,7 @@ class RunData(LightningDataModule):
     Args:
         batch_size: Pairs an optimizer step and device.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
     """
 
     def __init__(self, batch_size: int, token_budget: int = TOKEN_BUDGET) -> None:
@@ -116,7 +116,7 @@ class PreferenceData(RunData):
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
         pairs_per_round: Pairs of a round, or ``all`` for all of them every round; by default all
             pairs over the rounds. A streaming source needs a number.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
@@ -284,7 +284,7 @@ class FusionData(RunData):
 
     Args:
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
     """
 
     def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:

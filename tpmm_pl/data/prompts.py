@@ -31,7 +31,7 @@ class PromptData(RunData):
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
         prompts_per_round: Prompts of a round; all are gone through again when used up.
         fuse_prompts_per_round: Held-out prompts answered after a round.
         fuse_fraction: Share of the prompts held out for them.

@@ -34,7 +34,7 @@ class RewardPairs(LightningDataModule):
     Args:
         batch_size: Pairs an optimizer step and device.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
 
     Raises:
         InputError: If a number is less than 1.
@@ -99,7 +99,7 @@ class RewardData(RewardPairs):
         eval_fraction: Share of the prompts of ``train`` held out, without ``evaluation``.
         batch_size: Pairs an optimizer step and device.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
         max_length: Tokens of prompt and completion together; completions are cut at the end.
         max_prompt_length: Tokens of the prompt; half of ``max_length`` by default, so that room
             for completions is left.

@@ -25,7 +25,6 @@ from tpmm_pl.models.padding import separate_padding, use_padding
 from tpmm_pl.models.tree_pass import (
     TreePass,
     note_refusal,
-    on_device,
     unwrapped,
 )
 from tpmm_pl.modes import evaluating
@@ -104,7 +103,7 @@ def score_rows(
     device = next(scorer.model.parameters()).device
     scores = torch.empty(len(rows), dtype=torch.float32)
     for chosen in _cut(rows, token_budget):
-        tree = on_device(pack_rows([((), rows[row]) for row in chosen]), device)
+        tree = pack_rows([((), rows[row]) for row in chosen]).to(device)
         scores[chosen] = scorer.rows(tree).cpu()
     return scores
 

@@ -13,7 +13,7 @@ from tpmm_pl.data.batching import cut_by_tokens, pair_batches
 from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pair_rows
 from tpmm_pl.data.table import as_table
 from tpmm_pl.logps import head_logps, split_pairs, token_logps
-from tpmm_pl.models.tree_pass import TreePass, on_device, unwrapped
+from tpmm_pl.models.tree_pass import TreePass, unwrapped
 from tpmm_pl.modes import evaluating
 from tpmm_pl.types import Completion, Pair, PairBatch, PairLogps, TokenTree
 
@@ -81,7 +81,7 @@ def score_pairs(
     chosen, rejected = torch.empty(2, len(pairs), dtype=torch.float32)
     table = as_table(pairs)
     for indices in pair_batches(table, token_budget):
-        tree = on_device(pack_rows(pair_rows(table.select(indices))), device)
+        tree = pack_rows(pair_rows(table.select(indices))).to(device)
         logps = split_pairs(scorer.rows(tree).cpu())
         chosen[indices], rejected[indices] = logps
     return PairLogps(chosen, rejected)
@@ -107,7 +107,7 @@ def score_completions(
     rows = [(one.prompt.ids, one.ids) for one in completions]
     lengths = np.array([(len(prompt), len(ids)) for prompt, ids in rows])
     for indices in cut_by_tokens([prompt for prompt, _ in rows], lengths, token_budget):
-        tree = on_device(pack_rows([rows[index] for index in indices]), device)
+        tree = pack_rows([rows[index] for index in indices]).to(device)
         logps[indices] = scorer.rows(tree).cpu()
     return logps
 

@@ -105,7 +105,7 @@ class TreePass:
             return "its attention cannot be replaced"
         device = next(model.parameters()).device
         vocabulary = cast(Any, inner.get_input_embeddings()).weight.shape[0]
-        tree = on_device(_probe(vocabulary), device)
+        tree = _probe(vocabulary).to(device)
         tokens = tree.states[tree.state_of]
         # autocast would round more than the result's dtype tells
         precise = torch.autocast(device.type, enabled=False)
@@ -153,11 +153,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model of transformers inside of one of peft; any other as it is."""
     get_base = getattr(model, "get_base_model", None)
     return model if get_base is None else cast(nn.Module, get_base())
-
-
-def on_device(tree: TokenTree, device: torch.device) -> TokenTree:
-    """Move a tree."""
-    return TokenTree(*(tensor.to(device) for tensor in tree))
 
 
 def _values(output: Any) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
 from tpmm_pl.models.source import PolicySource
-from tpmm_pl.models.tree_pass import on_device
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
 from tpmm_pl.modules.pair_validation import PairValidation
 from tpmm_pl.moe.convert import (
@@ -155,7 +154,7 @@ def mean_gates(model: nn.Module, batches: Iterable[PairBatch]) -> Tensor:
     model.eval()
     total: Tensor | None = None
     for batch in batches:
-        tree = on_device(batch.tree, device)
+        tree = batch.tree.to(device)
         seen = scorer.seen(tree)
         with recorded_routing(model, seen) as routings:
             scorer.rows(tree)

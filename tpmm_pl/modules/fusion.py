@@ -182,7 +182,15 @@ class FusionWeights(LightningModule):
             start: Free parameters of the coefficients, a row a group; zeros: the plain average.
         """
         self.merge, self.groups, self.scorer, self.snapshots = merge, groups, scorer, sources
-        self.weights = nn.Parameter(start.clone())
+        self.weights = nn.Parameter(start.float().clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusionWeights:
+        # steps of a coefficient are lost in bfloat16, whatever precision the merged model has
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def configure_model(self) -> None:
         """Load what a fit of its own works on: the finished trajectory of ``run``."""

@@ -23,7 +23,7 @@ class LettersData(RunData):
     Args:
         batch_size: Pairs an optimizer step.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
         prompts_per_round: Prompts of a round's training pairs.
         start_fuse_prompts: Held-out prompts answered by the starting policy.
         fuse_prompts_per_round: Held-out prompts answered by every later policy.

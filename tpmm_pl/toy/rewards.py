@@ -53,7 +53,7 @@ class LettersRewardData(RewardPairs):
     Args:
         batch_size: Pairs an optimizer step.
         token_budget: Tokens that go through the model at once; a step of more is cut into
-            micro-batches, with the same gradient.
+            micro-batches whose gradients add up.
         pairs: Pairs drawn; those of two equal answers are left out.
         split: ``train``, or ``fuse`` for the held-out pairs that experts are consolidated on.
         annotator: Labels training and held-out pairs.
