@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from alternating import spread
+from fusion import FULL, SMALL, Shape, random_llama
 from page import markdown, write_section
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from tpmm_pl.models.scoring import score_completions
 from tpmm_pl.rollouts import sample_completions
@@ -39,39 +40,6 @@ SHORTEST, LONGEST = 40, 400
 
 TOKENS_TO_END = 20
 PAD = 0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a Llama with tied embeddings."""
-
-    hidden: int = 576
-    layers: int = 30
-    heads: int = 9
-    kv_heads: int = 3
-    ffn: int = 1536
-    vocabulary: int = 49152
-
-
-FULL, SMALL = Shape(), Shape(hidden=384, layers=6, heads=6, kv_heads=2, ffn=1024)
-
-
-def random_llama(shape: Shape) -> LlamaForCausalLM:
-    """Return the same random model every time; it has no end token."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def draw_prompts(count: int, vocabulary: int, seed: int) -> list[Prompt]:
@@ -202,7 +170,7 @@ def alternate(
 
 def measure(options: argparse.Namespace, shape: Shape) -> tuple[str, dict[str, float]]:
     """Return the table, and the ratios."""
-    model = random_llama(shape)
+    model = random_llama(shape).eval()
     draws = range(options.batches + 1)
     batches = [draw_prompts(options.prompts, shape.vocabulary, number) for number in draws]
     rows, ratios, errors = [], {}, []
