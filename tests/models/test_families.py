@@ -60,18 +60,18 @@ def test_packed_rows_are_padded_rows_and_each_alone(family: str, attention: str 
 def test_a_wrong_mask_would_show(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = family_model(family)
     packed, _ = scorers(model)
-    of_chain = TreeMask.of_chain
+    of_segment = TreeMask.of_segment
 
     def blurred(self: TreeMask, number: int, window: int | None, like: Tensor) -> Tensor | None:
         # each token of a second branch sees the one behind it, too
-        mask = of_chain(self, number, window, like)
+        mask = of_segment(self, number, window, like)
         return mask if mask is None or len(mask) < 2 else mask.roll(-1, 0)
 
     with torch.no_grad():
         right = packed.rows(TREE)
-        monkeypatch.setattr(TreeMask, "of_chain", blurred)
+        monkeypatch.setattr(TreeMask, "of_segment", blurred)
         assert distance(packed.rows(TREE), right) > 1e-3
-        monkeypatch.setattr(TreeMask, "of_chain", lambda *a: of_chain(a[0], a[1], None, a[3]))
+        monkeypatch.setattr(TreeMask, "of_segment", lambda *a: of_segment(a[0], a[1], None, a[3]))
         windowless = distance(packed.rows(TREE), right)
     assert windowless > 1e-3 if "sliding_window" in CONFIGS[family] else windowless == 0
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tpmm_pl.data.packing import pack_rows
 from tpmm_pl.models import tree_attention as attention
 from tpmm_pl.models import tree_pass
 from tpmm_pl.models.scoring import PairScorer
-from tpmm_pl.models.tree_attention import Chain, TreeMask, chains, tree_attention
+from tpmm_pl.models.tree_attention import Segment, TreeMask, segments, tree_attention
 from tpmm_pl.types import TokenTree
 
 #     0 - 1 - 2 - 3 - 4          a prompt of two, an answer of three,
@@ -51,18 +52,41 @@ def sees(tree: TokenTree, window: int | None = None) -> Tensor:
     return matrix
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every chain in a segment of its own."""
+    monkeypatch.setattr(attention, "SEGMENT", 1)
+
+
+@pytest.mark.usefixtures("apart")
 def test_a_tree_is_cut_where_a_token_has_no_child_behind_it() -> None:
     assert TREE.tokens.tolist() == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     assert TREE.ends.tolist() == [8, 8, 7, 5, 5, 7, 7, 8, 11, 11, 11]
-    assert chains(TREE.ends.numpy()) == [
-        Chain((0, 5), ()),
-        Chain((5, 7), ((0, 3),)),
-        Chain((7, 8), ((0, 2),)),
-        Chain((8, 11), ()),
+    assert segments(TREE.ends.numpy(), 1) == [
+        Segment((0, 5), ()),
+        Segment((5, 7), ((0, 3),)),
+        Segment((7, 8), ((0, 2),)),
+        Segment((8, 11), ()),
     ]
     mask = TreeMask(TREE)
     assert mask.sizes == [2, 1, 2, 2, 1, 3]
     assert mask.seen == [[0, 1, 2], [0, 1, 3], [0, 4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("longest", "spans"),
+    [
+        (2, [(0, 5), (5, 7), (7, 8), (8, 11)]),
+        (3, [(0, 5), (5, 8), (8, 11)]),
+        (7, [(0, 7), (7, 11)]),
+        (8, [(0, 8), (8, 11)]),
+        (11, [(0, 11)]),
+    ],
+)
+def test_short_chains_share_a_segment(longest: int, spans: list[tuple[int, int]]) -> None:
+    found = segments(TREE.ends.numpy(), longest)
+    assert [one.span for one in found] == spans
+    assert found[1:2] != [Segment((5, 8), ())], "the first token's ancestors are those of all"
 
 
 def test_a_context_of_several_spans_keeps_the_order_of_positions() -> None:
@@ -70,7 +94,7 @@ def test_a_context_of_several_spans_keeps_the_order_of_positions() -> None:
     #     `-- 3 - 4
     #         `-- 5
     ends = np.array([6, 6, 3, 6, 5, 6])
-    assert [chain.seen for chain in chains(ends)] == [
+    assert [chain.seen for chain in segments(ends, 1)] == [
         ((0, 3),),
         ((0, 2), (3, 5)),
         ((0, 2), (3, 4), (5, 6)),
@@ -98,18 +122,20 @@ rows_of_tokens = st.lists(
 windows = st.none() | st.integers(1, 6)
 
 
-@given(rows_of_tokens, windows)
+@given(rows_of_tokens, windows, st.sampled_from([1, 4, 8, 128]))
 @settings(deadline=None, max_examples=40)
-def test_the_masks_of_chains_and_of_blocks_are_the_matrix_of_ancestors(
-    rows: list[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None
+def test_the_masks_of_segments_and_of_blocks_are_the_matrix_of_ancestors(
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None, longest: int
 ) -> None:
     tree = pack_rows(rows)
     mask, expected = TreeMask(tree), sees(tree, window)
+    with mock.patch.object(attention, "SEGMENT", longest):
+        assert mask.segments == segments(tree.ends.numpy(), longest)
     found = torch.zeros_like(expected)
-    for number, chain in enumerate(mask.chains):
-        here = range(*chain.span)
-        seen = [token for span in chain.seen for token in range(*span)]
-        added = mask.of_chain(number, window, torch.zeros(()))
+    for number, one in enumerate(mask.segments):
+        here = range(*one.span)
+        seen = [token for span in one.seen for token in range(*span)]
+        added = mask.of_segment(number, window, torch.zeros(()))
         if added is None:
             added = torch.full((len(here), len(seen)), -torch.inf).triu(1)
         assert set(added.unique().tolist()) <= {0.0, -torch.inf}
@@ -156,12 +182,20 @@ def attend(inputs: Sequence[Tensor], **settings: Any) -> Tensor:
     return found
 
 
+@pytest.mark.parametrize("longest", [1, 4, 128])
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, None), (None, 0.7), (1.5, 0.7)])
 @pytest.mark.parametrize(("heads", "of_keys"), [(2, 2), (4, 2)])
 def test_values_and_gradients_are_those_of_a_dense_masked_softmax(
-    heads: int, of_keys: int, softcap: float | None, scale: float | None, window: int | None
+    heads: int,
+    of_keys: int,
+    softcap: float | None,
+    scale: float | None,
+    window: int | None,
+    longest: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attention, "SEGMENT", longest)
     inputs = projections(heads, of_keys)
     found = attend(inputs, scaling=scale, sliding_window=window, softcap=softcap)
     expected = dense(inputs, ~sees(TREE, window), scale, softcap)
@@ -207,6 +241,7 @@ def test_what_a_tree_has_no_form_of_is_refused(name: str) -> None:
         attend(projections(2, 2), **{name: torch.zeros(2)})
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_attention_is_called_once_a_chain_and_layer(
     checkpointed: bool, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +265,7 @@ def test_attention_is_called_once_a_chain_and_layer(
     assert calls == (4 if checkpointed else 2) * of_layer
 
 
+@pytest.mark.usefixtures("apart")
 def test_masks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, mask = PairScorer(family_model("Gemma3Text")), TreeMask(TREE)
     masks = iter([mask])

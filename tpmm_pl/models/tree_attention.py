@@ -2,7 +2,7 @@
 
 A decoder of transformers that takes an attention function takes this one unchanged: the tree goes
 into its forward pass as the argument ``tree`` and reaches every layer. On CUDA it is
-FlexAttention with a block mask; elsewhere one call of scaled dot-product attention a chain.
+FlexAttention with a block mask; elsewhere one call of scaled dot-product attention a segment.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ Span = tuple[int, int]
 """Tokens of a tree, from the first to behind the last."""
 
 
+SEGMENT = 128
+"""Tokens that share a call of attention although they branch: a call costs as much as their scores."""
+
+
 @dataclass(frozen=True)
-class Chain:
-    """Consecutive tokens of which each is the child of the one before.
+class Segment:
+    """Consecutive tokens whose attention is one call: a chain of children, or several short ones.
 
     Args:
         span: The tokens.
-        context: All ancestors of the first of them.
+        context: All ancestors of the first of them; others before it are none of any.
     """
 
     span: Span
@@ -48,7 +52,7 @@ class Chain:
 
     @property
     def seen(self) -> tuple[Span, ...]:
-        """All that its last token sees, in the order of their positions."""
+        """All that any of its tokens sees, in order."""
         return (*self.context, self.span)
 
 
@@ -65,14 +69,14 @@ class TreeMask:
     _blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @cached_property
-    def chains(self) -> list[Chain]:
-        """The tree cut into chains; asked for where attention runs chain by chain."""
-        return chains(self.tree.ends.cpu().numpy())
+    def segments(self) -> list[Segment]:
+        """The tree in segments; asked for where attention runs one by one."""
+        return segments(self.tree.ends.cpu().numpy(), SEGMENT)
 
     @cached_property
     def edges(self) -> list[int]:
-        """Where the row is cut, so that each chain sees whole parts of it."""
-        return sorted({edge for chain in self.chains for span in chain.seen for edge in span})
+        """Where the row is cut, so that each segment sees whole parts of it."""
+        return sorted({edge for one in self.segments for span in one.seen for edge in span})
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -81,39 +85,39 @@ class TreeMask:
 
     @cached_property
     def seen(self) -> list[list[int]]:
-        """Which of these parts each chain sees."""
+        """Which of these parts each segment sees."""
         part = {edge: number for number, edge in enumerate(self.edges)}
         return [
-            [number for start, stop in chain.seen for number in range(part[start], part[stop])]
-            for chain in self.chains
+            [number for start, stop in one.seen for number in range(part[start], part[stop])]
+            for one in self.segments
         ]
 
-    def of_chain(self, number: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return what is added to the scores of a chain, ``(tokens, seen)``; ``None``: causal.
+    def of_segment(self, number: int, window: int | None, like: Tensor) -> Tensor | None:
+        """Return what is added to the scores of a segment, ``(tokens, seen)``; ``None``: causal.
 
         Args:
-            number: Of the chain.
+            number: Of the segment.
             window: A token sees so many positions, its own included; ``None``: all.
             like: Has the dtype and device.
         """
         key = (number, window, like.dtype)
         if key not in self._masks:
-            chain, positions = self.chains[number], self.tree.positions
-            here = positions[slice(*chain.span)]
-            seen = torch.arange(int(here[-1]) + 1, device=here.device)
-            hidden = seen > here[:, None]
+            segment, positions = self.segments[number], self.tree.positions
+            i = torch.arange(*segment.span, device=positions.device)[:, None]
+            j = torch.cat([torch.arange(*span, device=i.device) for span in segment.seen])
+            sees = (j <= i) & (i < self.tree.ends[j])
             if window is not None:
-                hidden |= here[:, None] - seen >= window
-            plain = not chain.context and (window is None or len(seen) <= window)
-            zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = None if plain else zeros.masked_fill(hidden, -torch.inf)
+                sees &= positions[i] - positions[j] < window
+            causal = not segment.context and torch.equal(sees, torch.ones_like(sees).tril())
+            zeros = torch.zeros(sees.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = None if causal else zeros.masked_fill(~sees, -torch.inf)
         return self._masks[key]
 
     def blocks(self, window: int | None) -> BlockMask:
         """Return the mask of the whole tree for FlexAttention.
 
         Args:
-            window: As for :meth:`of_chain`.
+            window: As for :meth:`of_segment`.
         """
         if window not in self._blocks:
             ends, positions = self.tree.ends, self.tree.positions
@@ -132,16 +136,23 @@ class TreeMask:
         return self._blocks[window]
 
 
-def chains(ends: NDArray[np.int64]) -> list[Chain]:
-    """Cut a tree into chains, in order: a new one begins where a token has no child behind it.
+def segments(ends: NDArray[np.int64], longest: int) -> list[Segment]:
+    """Cut a tree into segments, in order.
+
+    A chain ends where a token has no child behind it. Chains are put together as far as they fit;
+    in preorder, what one of their tokens descends from before them, their first one does too.
 
     Args:
         ends: As in :class:`tpmm_pl.types.TokenTree`, ``(T,)``.
+        longest: Tokens of several chains together; 1 keeps every chain apart.
     """
     childless = np.flatnonzero(ends[:-1] == np.arange(1, len(ends)))
-    bounds = [0, *(childless + 1).tolist(), len(ends)]
+    bounds = [0]
+    for stop, following in pairwise([*(childless + 1).tolist(), len(ends), len(ends) + longest]):
+        if following - bounds[-1] > longest:
+            bounds.append(stop)
     return [
-        Chain((start, stop), _spans(np.flatnonzero(ends[:start] > start)))
+        Segment((start, stop), _spans(np.flatnonzero(ends[:start] > start)))
         for start, stop in pairwise(bounds)
     ]
 
@@ -178,7 +189,7 @@ def tree_attention(
         tree: The batch; ``None``: rows.
         scaling: Of the scores.
         dropout: Probability of dropping a weight.
-        sliding_window: As for :meth:`TreeMask.of_chain`.
+        sliding_window: As for :meth:`TreeMask.of_segment`.
         softcap: Scores end softly at this value (Gemma 2).
         **kwargs: What else a model hands over.
 
@@ -207,10 +218,10 @@ def tree_attention(
             scaling=scaling, softcap=softcap, dropout=dropout,
         )  # fmt: skip
     attend = partial(_attend, scale=scaling, softcap=softcap, dropout=dropout)
-    return _chained(query, key, value, tree, sliding_window, attend), None
+    return _in_segments(query, key, value, tree, sliding_window, attend), None
 
 
-def _chained(
+def _in_segments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -220,10 +231,12 @@ def _chained(
 ) -> Tensor:
     # cut once and joined once: of a slice for every chain, head and layer the backward pass would
     # make a zero-filled gradient of the whole row
-    queries = query.split([stop - start for start, stop in (c.span for c in tree.chains)], dim=2)
+    queries = query.split(
+        [stop - start for start, stop in (one.span for one in tree.segments)], dim=2
+    )
     keys, values = key.split(tree.sizes, dim=2), value.split(tree.sizes, dim=2)
     attended = [
-        attend(part, _join(keys, seen), _join(values, seen), tree.of_chain(number, window, query))
+        attend(part, _join(keys, seen), _join(values, seen), tree.of_segment(number, window, query))
         for number, (part, seen) in enumerate(zip(queries, tree.seen, strict=True))
     ]
     return torch.cat([part.transpose(1, 2) for part in attended], dim=1)
