@@ -35,7 +35,7 @@ Span = tuple[int, int]
 
 
 SEGMENT = 128
-"""Tokens that share a call of attention although they branch: a call costs as much as their scores."""
+"""Tokens that share a call of attention although they branch: a call costs as much as they do."""
 
 
 @dataclass(frozen=True)
@@ -229,11 +229,10 @@ def _in_segments(
     window: int | None,
     attend: Callable[..., Tensor],
 ) -> Tensor:
-    # cut once and joined once: of a slice for every chain, head and layer the backward pass would
+    # cut once and joined once: of a slice for every segment, head and layer the backward pass would
     # make a zero-filled gradient of the whole row
-    queries = query.split(
-        [stop - start for start, stop in (one.span for one in tree.segments)], dim=2
-    )
+    lengths = [stop - start for start, stop in (one.span for one in tree.segments)]
+    queries = query.split(lengths, dim=2)
     keys, values = key.split(tree.sizes, dim=2), value.split(tree.sizes, dim=2)
     attended = [
         attend(part, _join(keys, seen), _join(values, seen), tree.of_segment(number, window, query))
