@@ -6,30 +6,15 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-# as for a script: what it shares with others lies beside it
-sys.path.append(str(FOLDER))
+from tests.benchmarks.test_benchmarks import FOLDER, load
 
-
-def load() -> Any:
-    """Import the script by its path: benchmarks are no package."""
-    spec = spec_from_file_location("benchmark_rollouts", FOLDER / "rollouts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-rollouts = load()
+rollouts = load("rollouts")
 TINY = rollouts.Shape(hidden=16, layers=1, heads=2, kv_heads=1, ffn=32, vocabulary=64)
 
 

@@ -5,34 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
+from tests.benchmarks.test_benchmarks import FOLDER, load
 from tpmm_pl.data.table import as_table
 from tpmm_pl.types import Pair
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-# as for a script: what it shares with others lies beside it
-sys.path.append(str(FOLDER))
 pytest.importorskip("trl")
 
-
-def load() -> Any:
-    """Import the script by its path: benchmarks are no package."""
-    spec = spec_from_file_location("benchmark_tokenising", FOLDER / "tokenising.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load()
+script = load("tokenising")
 
 
 @pytest.fixture(scope="module")
