@@ -1,0 +1,92 @@
+"""What crosses processes, over the process group that is up; one process needs none.
+
+The group is that of the Trainer, of Fabric or of ``torchrun``, whichever has made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if _together() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return dist.get_rank() if _together() else 0
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that writes files and prints."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Wait until every process has come here."""
+    if _together():
+        dist.barrier()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's share of items that all processes hold: every N-th one."""
+    return items[rank() :: count()]
+
+
+def gathered(mine: Sequence[T]) -> list[T]:
+    """Return the results of all shares in the order of the items, on every process.
+
+    Args:
+        mine: One result for each item of this process's :func:`share`.
+    """
+    shares: list[Sequence[T]] = from_each(mine)
+    total = sum(map(len, shares))
+    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
+
+
+def from_each(mine: T) -> list[T]:
+    """Return what each process holds, by their numbers, on every process."""
+    if not _together():
+        return [mine]
+    results: list[Any] = [None] * count()
+    dist.all_gather_object(results, mine)
+    return results
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Have the first process make something; return it on every process.
+
+    Raises:
+        Exception: What ``make`` raises there, on every process.
+    """
+    if not _together():
+        return make()
+    result: list[Any] = [None, None]
+    if is_first():
+        try:
+            result[0] = make()
+        except Exception as error:
+            result[1] = error
+    dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise result[1]
+    made: T = result[0]
+    return made
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum of all processes' tensors of one shape; the one given may be overwritten."""
+    if _together():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
