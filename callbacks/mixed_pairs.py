@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from tpmm_pl.callbacks.on_policy_pairs import OnPolicyPairs
 from tpmm_pl.callbacks.round_context import RoundContext
 from tpmm_pl.callbacks.round_pairs import RoundPairs, unscored
 from tpmm_pl.data.table import PairTable, as_table, join
+from tpmm_pl.rollouts.shards import Shard
 from tpmm_pl.types import InputError, OffersPairs, OffersPrompts
 
 
@@ -54,8 +56,7 @@ class MixedPairs(RoundPairs):
     def training_pairs(self, context: RoundContext, round_index: int) -> PairTable:
         """Make both kinds of a coming round and mix them."""
         _check_data(context)
-        offline = as_table(self.offline.training_pairs(context, round_index))
-        usable = max(1, _partners(len(offline), self.ratio)) if offline else None
+        offline, usable = self._offline_pairs(context, round_index)
         on_policy = as_table(self.on_policy.training_pairs(context, round_index, usable))
         used = mixed_counts(len(on_policy), len(offline), self.ratio)
         if (sentence := self._warning((len(on_policy), len(offline)), used)) is not None:
@@ -73,6 +74,19 @@ class MixedPairs(RoundPairs):
         _check_data(context)
         on_policy = unscored(self.on_policy.held_out_pairs(context))
         return join(on_policy, self.offline.held_out_pairs(context))
+
+    def make_shard(self, context: RoundContext, round_index: int, shard: Shard) -> Path:
+        """Write a part of the on-policy completions; see :meth:`OnPolicyPairs.make_shard`."""
+        _check_data(context)
+        _, usable = self._offline_pairs(context, round_index)
+        return self.on_policy.make_shard(context, round_index, shard, usable)
+
+    def _offline_pairs(
+        self, context: RoundContext, round_index: int
+    ) -> tuple[PairTable, int | None]:
+        """Return a round's offline pairs and how many prompts are worth answering beside them."""
+        offline = as_table(self.offline.training_pairs(context, round_index))
+        return offline, max(1, _partners(len(offline), self.ratio)) if offline else None
 
     def _warning(self, there: tuple[int, int], used: tuple[int, int]) -> str | None:
         names = ("on-policy", "offline")

@@ -10,17 +10,22 @@ from typing import Any, Literal
 from peft import PeftModel
 from torch import nn
 
+from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
 from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.losses import PreferenceLoss
 from tpmm_pl.models.card import CARD, policy_card
 from tpmm_pl.models.export import export_model
 from tpmm_pl.models.hub import check_repository, push_folder
+from tpmm_pl.models.sharding import is_sharded
 from tpmm_pl.models.stacking import is_mergeable
-from tpmm_pl.models.weights import materialise_cut
+from tpmm_pl.models.weights import materialise_cut, whole_state
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.trajectory import Record, TrajectoryStore
 from tpmm_pl.types import InputError, Recipe
+
+KL_TO_START = "kl/policy_sft/in_domain"
+"""The metric that chooses the best round."""
 
 
 class ModelExport(RoundCallback):
@@ -95,6 +100,8 @@ class ModelExport(RoundCallback):
                 context.load(recipe)
             self._write(context, recipe, facts, _folder(store, name))
         *others, newest = sorted(wanted, key=("last", "merged", "best").index)
+        if not processes.is_first():
+            return
         print(f"export: {', '.join(others)} and {newest} in {_folder(store, '')}", flush=True)
         if self.push_to_hub is not None:
             self._push(context, self.push_to_hub, _folder(store, self.push))
@@ -125,7 +132,10 @@ class ModelExport(RoundCallback):
         )
         content = {**recipe.to_json(), "sha256": store.recipe_sha256(recipe)}
         notes = {CARD: card, "recipe.json": json.dumps(content, indent=1) + "\n"}
-        export_model(policy, context.data.tokenizer, None, out, notes)  # type: ignore[arg-type]
+        spread = is_sharded(policy) and not isinstance(policy, PeftModel)
+        state = whole_state(policy) if spread else None
+        if processes.is_first():
+            export_model(policy, context.data.tokenizer, state, out, notes)  # type: ignore[arg-type]
 
     def _push(self, context: RoundContext, repository: str, folder: Path) -> None:
         if not folder.is_dir():
@@ -174,8 +184,7 @@ def measured(final: Record, recipe: Recipe, store: TrajectoryStore) -> dict[str,
 
 def best_round(records: list[Record], best_kl: float) -> int:
     """Return the last round whose KL to the start is at most ``best_kl`` nats a sequence."""
-    name = "kl/policy_sft/in_domain"
-    within = [r.round for r in records if r.metrics.get(name, 0.0) <= best_kl]
+    within = [r.round for r in records if r.metrics.get(KL_TO_START, 0.0) <= best_kl]
     return within[-1] if within else 0
 
 

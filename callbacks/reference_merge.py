@@ -15,11 +15,9 @@ from tpmm_pl.callbacks.round_end import RoundCallback, reset_optimizer
 from tpmm_pl.data.batching import fuse_loader
 from tpmm_pl.data.pairs import read_fuse_pool
 from tpmm_pl.fabric import fit_with_fabric
-from tpmm_pl.files import write_text
-from tpmm_pl.models.scoring import score_completions
 from tpmm_pl.models.stacking import check_mergeable, is_mergeable
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
-from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.rollouts import sample_shared
 from tpmm_pl.rounds import check_strategy, entropy, fixed_recipe, one_hot
 from tpmm_pl.types import InputError, OffersPrompts, Recipe
 
@@ -106,14 +104,14 @@ class ReferenceMerge(RoundCallback):
                 self.strategy, index, window=self.window, alpha=self.alpha, previous=previous
             )
         content = {**recipe.to_json(), "sha256": context.store.recipe_sha256(recipe)}
-        write_text(context.store.folder(index) / "recipe.json", json.dumps(content, indent=1))
+        context.write(context.store.folder(index) / "recipe.json", json.dumps(content, indent=1))
         context.store.update(index, recipe=recipe)
         weights = zip(recipe.snapshots, recipe.coefficients[0], strict=True)
         named = {f"fusion/weight_{k:02d}": c for k, c in weights} if len(recipe.groups) == 1 else {}
         context.log({**named, "fusion/entropy": entropy(recipe)})
 
     def learn(self, context: RoundContext, steps: int, stage: str) -> Recipe:
-        """Learn coefficients over the whole trajectory on all held-out pairs so far.
+        """Learn coefficients over the snapshots that are kept, on all held-out pairs so far.
 
         Args:
             context: The round; its module is left holding some merge.
@@ -125,7 +123,7 @@ class ReferenceMerge(RoundCallback):
         """
         store, index = context.store, context.round_index
         module = FusionWeights(self.fusion)
-        module.bind(context.policy, store, tuple(range(index + 1)))
+        module.bind(context.policy, store, store.kept(index))
         fit_with_fabric(
             context.fabric,
             module,
@@ -141,7 +139,7 @@ class ReferenceMerge(RoundCallback):
         context.forget()
         recipe = module.recipe()
         curve = {"loss": module.losses, "entropy": entropy(recipe), "steps": len(module.losses)}
-        write_text(store.folder(index) / _CURVES[stage], json.dumps(curve, indent=1))
+        context.write(store.folder(index) / _CURVES[stage], json.dumps(curve, indent=1))
         if (sentence := fit_warning(recipe)) is not None:
             warnings.warn(f"round {index}: {sentence}", stacklevel=2)
             store.update(index, notes={stage: sentence.split(":")[0]})
@@ -165,7 +163,8 @@ class ReferenceMerge(RoundCallback):
         record = context.store.record(index)
         recipes = {"merge": record.recipe or one_hot(index)}
         mergeable = is_mergeable(context.policy)
-        if mergeable:
+        whole = len(context.store.kept(index)) == index + 1
+        if mergeable and (whole or self.ship == "average"):
             recipes["average"] = fixed_recipe("uniform", index)
         held_out = mergeable and any(r.fuse for r in context.store.rounds)
         if held_out and self.ship_steps and not context.store.trained_on_fuse_pairs:
@@ -186,7 +185,8 @@ class ReferenceMerge(RoundCallback):
             stacklevel=2,
         )
         context.store.update(context.round_index, notes={"guard": f"guard: {alarm}"})
-        return fixed_recipe("uniform", context.round_index)
+        kept = context.store.kept(context.round_index)
+        return Recipe("uniform", kept, ((1 / len(kept),) * len(kept),))
 
     def _alarm(self, context: RoundContext, recipe: Recipe) -> str | None:
         newest = float(torch.tensor(recipe.coefficients)[:, -1].mean())
@@ -210,14 +210,12 @@ def start_divergence(context: RoundContext, recipe: Recipe) -> float:
     pool = read_fuse_pool(context.store, context.round_index)
     budget = max(len(pair.chosen_ids) for pair in pool)
     context.load(recipe)
-    with context.fabric.autocast():
-        completions = sample_completions(
+    with context.passes():
+        completions = sample_shared(
             context.policy, tokenizer, prompts, samples=1, max_new_tokens=budget,
             key=context.key("guard"),
         )  # fmt: skip
-        context.load(one_hot(0))
-        budget = context.token_budget
-        start = score_completions(context.policy, completions, token_budget=budget)
+    start = context.scores(completions, one_hot(0))
     return float(torch.tensor([c.logps for c in completions]).sub(start).mean())
 
 

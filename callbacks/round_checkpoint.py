@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,20 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
 from tpmm_pl.callbacks.round_end import RoundCallback
-from tpmm_pl.files import replacing
+from tpmm_pl.callbacks.stop_signals import StoppedBetweenStagesError
+from tpmm_pl.files import replacing, replacing_folder
+from tpmm_pl.types import InputError
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 """Where a run folder has its checkpoint."""
@@ -29,6 +39,8 @@ class FitCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 0) -> None:
         super().__init__()
         self.every_n_steps = every_n_steps
+        self.last_model_path = ""
+        """The newest checkpoint that this process has written, by Lightning's name."""
         self._last_step = 0
 
     def on_train_batch_end(
@@ -38,18 +50,28 @@ class FitCheckpoint(Checkpoint):
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if self.every_n_steps and stepped and trainer.global_step % self.every_n_steps == 0:
-            trainer.save_checkpoint(checkpoint_path(trainer), weights_only=False)
+            self.write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint after an epoch."""
-        trainer.save_checkpoint(checkpoint_path(trainer), weights_only=False)
+        self.write(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Write the checkpoint on SIGTERM, which Lightning acts on between two batches."""
-        if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(checkpoint_path(trainer), weights_only=False)
+        between_stages = isinstance(exception, StoppedBetweenStagesError)
+        if isinstance(exception, SIGTERMException) and not between_stages:
+            self.write(trainer)
+
+    def write(self, trainer: Trainer) -> None:
+        """Write the checkpoint now; all processes do so together."""
+        path = checkpoint_path(trainer)
+        # a folder that processes share: the strategy takes the first one's path for all
+        shared = _writes_folder(trainer.strategy) and processes.is_first()
+        with replacing_folder(path) if shared else nullcontext(path) as beside:
+            trainer.save_checkpoint(beside, weights_only=False)
+        self.last_model_path = str(path)
 
 
 class RoundCheckpoint(RoundCallback, FitCheckpoint):
@@ -70,12 +92,20 @@ class RoundCheckpoint(RoundCallback, FitCheckpoint):
     def save(self, context: RoundContext) -> None:
         """Write the checkpoint, except before the first round, where there is nothing to keep."""
         if context.trainer is not None and context.round_index > 0:
-            context.trainer.save_checkpoint(checkpoint_path(context.trainer), weights_only=False)
+            self.write(context.trainer)
 
 
 def checkpoint_path(trainer: Trainer) -> Path:
     """Return where a run's checkpoint is."""
     return Path(trainer.default_root_dir) / CHECKPOINT
+
+
+def _writes_folder(strategy: Strategy) -> bool:
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy._save_distributed_checkpoint
+    if isinstance(strategy, FSDPStrategy):
+        return strategy._state_dict_type == "sharded"
+    return isinstance(strategy, DeepSpeedStrategy)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -85,5 +115,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint in place of the one at ``path``."""
-        with replacing(Path(path)) as beside:
-            torch.save(checkpoint, beside)
+        # an open file: torch's own writing does not say that the disk is full
+        with replacing(Path(path)) as beside, beside.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint; no code in it is run, unless ``weights_only`` is false.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+        try:
+            safe = weights_only is None or weights_only
+            return super().load_checkpoint(path, map_location, weights_only=safe)
+        except Exception as error:  # of torch, pickle, zip archives and the system
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise InputError(
+                f"the checkpoint {path} cannot be read ({reason}); restore it or start over with "
+                "--overwrite"
+            ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
+from tpmm_pl import processes
 from tpmm_pl.data.packing import TOKEN_BUDGET
+from tpmm_pl.files import write_text
+from tpmm_pl.models.scoring import score_completions
+from tpmm_pl.models.sharding import gathered_weights
 from tpmm_pl.models.weights import become, materialise
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.trajectory import TrajectoryStore
-from tpmm_pl.types import Recipe
+from tpmm_pl.types import Completion, Recipe
 
 
 @dataclass
@@ -86,6 +91,29 @@ class RoundContext:
         if self._holds != ("exact", recipe):
             materialise(self.policy, self.store, recipe)
             self._holds = ("exact", recipe)
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Hold the policy ready for passes without gradients, in the run's precision.
+
+        Sharded weights are whole on every process inside, so that each may run passes of its own.
+        """
+        with self.fabric.autocast(), gathered_weights(self.policy):
+            yield
+
+    def scores(self, completions: Sequence[Completion], recipe: Recipe) -> Tensor:
+        """Return the log-probabilities of completions under a recipe, ``(len(completions),)``."""
+        self.load(recipe)
+        with self.passes():
+            mine = score_completions(
+                self.policy, processes.share(completions), token_budget=self.token_budget
+            )
+        return torch.tensor(processes.gathered(mine.tolist()), dtype=torch.float32)
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file of the run, from the first process."""
+        if processes.is_first():
+            write_text(path, text)
 
     def forget(self) -> None:
         """Say that the module holds something that is no recipe."""

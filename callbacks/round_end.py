@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
+from tpmm_pl.callbacks.stop_signals import stop_between_stages
 from tpmm_pl.fabric import fabric_like
 from tpmm_pl.rounds import RoundSchedule, run_seed
 from tpmm_pl.trajectory import GIVEN, TrajectoryStore
@@ -34,12 +37,13 @@ STAGES = (
     "next_policy",
     "pairs",
     "checkpoint",
+    "retain",
 )
 """The order. ``protect`` and ``checkpoint`` are the two checkpoints around the rest."""
 
-_IN_MEMORY = frozenset({"protect", "next_policy", "checkpoint"})
+_IN_MEMORY = frozenset({"protect", "next_policy", "checkpoint", "retain"})
 _ONLY_LAST = frozenset({"ship", "evaluate_ship", "export"})
-_ONLY_BETWEEN = frozenset({"next_policy", "pairs", "checkpoint"})
+_ONLY_BETWEEN = frozenset({"next_policy", "pairs", "checkpoint", "retain"})
 
 
 def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> None:
@@ -58,12 +62,15 @@ def finish_round(callbacks: Sequence[RoundCallback], context: RoundContext) -> N
     if context.given_next:
         left_out |= _ONLY_BETWEEN
     for name in _due(callbacks, context.store, context.round_index, left_out):
+        if name != "protect":  # the checkpoint that a stopped run goes on from
+            stop_between_stages()
         if name == "checkpoint":
             _settle(callbacks, context)
         started = time.perf_counter()
         for callback in callbacks:
             if name in callback.stages():
                 callback.stages()[name](context)
+        processes.wait()  # what the first process has written is there for all
         if name not in _IN_MEMORY:
             seconds = round(time.perf_counter() - started, 3)
             context.store.update(context.round_index, seconds={name: seconds})
@@ -121,11 +128,6 @@ class RoundCallback(Callback):
         """Make record 0 and the first pairs; a resumed fit only checks the manifest."""
         if not self._leads(trainer):
             return
-        if trainer.world_size > 1:
-            raise InputError(
-                f"rounds run in one process so far, not in {trainer.world_size}; set "
-                "trainer.devices and trainer.num_nodes to 1"
-            )
         store = _store(trainer)
         if trainer.ckpt_path is not None:
             if not store.rounds:
@@ -133,19 +135,24 @@ class RoundCallback(Callback):
             return
         given = max(callback.given_rounds for callback in _round_callbacks(trainer))
         if any(r.round > given or (r.round > 0 and GIVEN not in r.notes) for r in store.rounds):
-            raise InputError(
-                f"{store.root} holds the trajectory of another run; resume that run from its "
-                "checkpoint or choose another folder"
-            )
+            if not trainer.strategy.restore_checkpoint_after_setup:
+                raise _of_another_run(store)
+            return  # sharded weights are restored later, and until then no path is known
+        store.verify(closed=-1)
         _begin_after(trainer, pl_module, given)
         for index in range(given + 1):
             self._finish(trainer, pl_module, index, given=given)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On a resume, forget what the checkpoint has not reached and finish what it has."""
-        if self._leads(trainer) and trainer.ckpt_path is not None:
-            rounds = _schedule(pl_module).finished(trainer.current_epoch)
+        if not self._leads(trainer):
+            return
+        rounds = _schedule(pl_module).finished(trainer.current_epoch)
+        if trainer.ckpt_path is None and any(r.round > rounds for r in _store(trainer).rounds):
+            raise _of_another_run(_store(trainer))
+        if trainer.ckpt_path is not None:
             _store(trainer).forget_after(rounds)
+            _store(trainer).verify(closed=self.finished_rounds)
             if rounds > self.finished_rounds:
                 self._finish(trainer, pl_module, rounds)
             elif isinstance(pl_module, HasReference):
@@ -172,6 +179,7 @@ class RoundCallback(Callback):
         callbacks = _round_callbacks(trainer)
         disk_stages = set(_due(callbacks, _store(trainer), rounds, _ONLY_BETWEEN)) - _IN_MEMORY
         if self._leads(trainer) and done and disk_stages:
+            _store(trainer).verify(closed=self.finished_rounds)
             self._finish(trainer, pl_module, rounds)
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,9 +242,26 @@ def _begin_after(trainer: Trainer, pl_module: LightningModule, given: int) -> No
     progress.ready = progress.started = progress.processed = progress.completed = epochs
 
 
+def _of_another_run(store: TrajectoryStore) -> InputError:
+    return InputError(
+        f"{store.root} holds the trajectory of another run; resume that run from its "
+        "checkpoint or choose another folder"
+    )
+
+
 def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Forget what an optimizer has accumulated, as if it had never stepped."""
-    optimizer.state.clear()
+    """Forget what an optimizer has accumulated, as if it had never stepped.
+
+    A sharded state stays, filled with zeros: checkpoints of several processes need it to be there.
+    It is as new for optimizers whose state begins at zero, as those of torch are.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in optimizer.state):
+        optimizer.state.clear()
+        return
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
 
 
 def _round_callbacks(trainer: Trainer) -> list[RoundCallback]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
 from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.data.pairs import read_pairs, write_pairs
-from tpmm_pl.data.table import with_reference
+from tpmm_pl.data.table import as_table, with_reference
 from tpmm_pl.evaluation import (
     Answers,
     accuracy_metrics,
@@ -18,11 +19,10 @@ from tpmm_pl.evaluation import (
     table_row,
     win_metrics,
 )
-from tpmm_pl.files import write_text
-from tpmm_pl.models.scoring import score_completions, score_pairs
+from tpmm_pl.models.scoring import score_shared
 from tpmm_pl.noise import LabelNoise
 from tpmm_pl.pairing import pair_completions
-from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.rollouts import sample_shared
 from tpmm_pl.rounds import one_hot
 from tpmm_pl.types import Judge, Pair, PairLogps, Prompt, Recipe
 
@@ -84,7 +84,7 @@ class RoundEvaluation(RoundCallback):
             found = answer.metrics(domain) | self._wins(context, answer, domain)
             metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         scores = {f"{prefix}{domain}": a.scores for (prefix, domain), a in answers.items()}
-        write_text(store.folder(index) / "scores.json", json.dumps(scores))
+        context.write(store.folder(index) / "scores.json", json.dumps(scores))
         store.update(index, metrics=metrics)
         context.log(metrics)
         self._print_row(context)
@@ -117,20 +117,15 @@ class RoundEvaluation(RoundCallback):
         if temperature != 1:
             # answers of another distribution than the policy's say nothing of its divergence
             return answers
-        context.load(one_hot(0))
         for answer in answers.values():
-            with context.fabric.autocast():
-                logps = score_completions(
-                    context.policy, answer.completions, token_budget=context.token_budget
-                )
-            answer.start_logps = logps.tolist()
+            answer.start_logps = context.scores(answer.completions, one_hot(0)).tolist()
         return answers
 
     def _answer(
         self, context: RoundContext, prompts: list[Prompt], domain: str, temperature: float
     ) -> Answers:
-        with context.fabric.autocast():
-            completions = sample_completions(
+        with context.passes():
+            completions = sample_shared(
                 context.policy,
                 context.data.tokenizer,
                 prompts,
@@ -141,7 +136,8 @@ class RoundEvaluation(RoundCallback):
                 batch_size=self.batch_size,
                 title=f"round {context.round_index}: evaluating {domain}",
             )
-        scores = {name: judge(completions) for name, judge in self.judges.items()}
+        mine = processes.share(completions)
+        scores = {name: processes.gathered(judge(mine)) for name, judge in self.judges.items()}
         return Answers(completions, scores)
 
     def _wins(self, context: RoundContext, answer: Answers, domain: str) -> dict[str, float]:
@@ -174,8 +170,9 @@ class RoundEvaluation(RoundCallback):
         known = dict(context.data.eval_pairs()) or self._clean_pairs(context)
         for domain, pairs in ((domain, pairs) for domain, pairs in known.items() if pairs):
             logps = self._score(context, pairs)
-            path = context.store.folder(0) / f"held_out_{domain}.parquet"
-            write_pairs(path, with_reference(pairs, logps))
+            if processes.is_first():
+                path = context.store.folder(0) / f"held_out_{domain}.parquet"
+                write_pairs(path, with_reference(pairs, logps))
 
     def _clean_pairs(self, context: RoundContext) -> dict[str, list[Pair]]:
         if "gold" not in self.judges:
@@ -183,8 +180,8 @@ class RoundEvaluation(RoundCallback):
         pairs = {}
         for domain, prompts in context.data.eval_prompts().items():
             key = f"{context.seed}/held_out/{domain}"
-            with context.fabric.autocast():
-                completions = sample_completions(
+            with context.passes():
+                completions = sample_shared(
                     context.policy, context.data.tokenizer, prompts, samples=2,
                     max_new_tokens=self.max_new_tokens, key=key, batch_size=self.batch_size,
                 )  # fmt: skip
@@ -198,8 +195,8 @@ class RoundEvaluation(RoundCallback):
         return pairs
 
     def _score(self, context: RoundContext, pairs: Sequence[Pair]) -> PairLogps:
-        with context.fabric.autocast():
-            return score_pairs(context.policy, pairs, token_budget=context.token_budget)
+        with context.passes():
+            return score_shared(context.policy, as_table(pairs), token_budget=context.token_budget)
 
     @rank_zero_only
     def _print_row(self, context: RoundContext) -> None:

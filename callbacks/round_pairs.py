@@ -10,6 +10,7 @@ from math import nan
 import numpy as np
 import torch
 
+from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
 from tpmm_pl.callbacks.round_end import RoundCallback
 from tpmm_pl.data.notices import say
@@ -68,9 +69,7 @@ class RoundPairs(RoundCallback):
         pairs = as_table(self.held_out_pairs(context))
         if pairs:
             scored = self._scored(context, pairs, one_hot(0), "fuse pairs")
-            path = context.store.folder(context.round_index) / "fuse.parquet"
-            write_pairs(path, scored)
-            context.store.update(context.round_index, fuse=context.store.relative(path))
+            _write(context, "fuse", scored)
 
     def write_training_pairs(self, context: RoundContext) -> None:
         """Write the next round's pairs, scored under its reference if the loss needs one.
@@ -103,9 +102,7 @@ class RoundPairs(RoundCallback):
             pairs = self._scored(context, pairs, recipe, f"pairs of round {index + 1}")
         elif not self.from_data:
             pairs = unscored(pairs)  # under the sampler, which is no reference
-        path = context.store.folder(index) / "pairs.parquet"
-        write_pairs(path, pairs)
-        context.store.update(index, pairs=context.store.relative(path))
+        _write(context, "pairs", pairs)
         flipped = float(pairs.column("flipped").mean())
         context.log({"pairs/count": len(pairs), "pairs/flipped": flipped})
 
@@ -118,7 +115,7 @@ class RoundPairs(RoundCallback):
                 say(f"{title}: the log-probabilities of the starting policy come with the data")
             return pairs
         context.load(recipe)
-        with context.fabric.autocast():
+        with context.passes():
             logps = cached_logps(
                 context.policy, pairs, context.reference_cache, token_budget=context.token_budget
             )
@@ -129,6 +126,14 @@ def unscored(pairs: Sequence[Pair]) -> PairTable:
     """Return pairs without the log-probabilities that come with them."""
     unknown = torch.full((len(pairs),), nan)
     return with_reference(pairs, PairLogps(unknown, unknown))
+
+
+def _write(context: RoundContext, name: str, pairs: PairTable) -> None:
+    """Write pairs from the first process; enter them in the record under ``name``."""
+    store, index = context.store, context.round_index
+    path = store.folder(index) / f"{name}.parquet"
+    digest = processes.from_first(lambda: write_pairs(path, pairs))
+    store.update(index, **{name: store.relative(path), f"{name}_sha256": digest})
 
 
 def _come_scored(pairs: PairTable) -> bool:

@@ -17,6 +17,9 @@ BASE = {
     "lora.yaml": "preferences.yaml",
     "mixed.yaml": "preferences.yaml",
     "noise.yaml": "preferences.yaml",
+    "bf16.yaml": "preferences.yaml",
+    "ddp.yaml": "quickstart.yaml",
+    "fsdp2.yaml": "preferences.yaml",
 }
 OVERLAYS = sorted(Path("configs/overlays").glob("*.yaml"))
 

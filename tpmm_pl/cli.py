@@ -23,6 +23,12 @@ COMMANDS = {
     "fit": Command(
         "train", "train", {}, "train policies round after round, reward models, or merge weights"
     ),
+    "pairs": Command(
+        "pairs",
+        "make_pairs",
+        {"run": "folder of a run whose fit waits for completions"},
+        "sample and judge a part of a round's completions, as a job of its own",
+    ),
     "upcycle": Command(
         "upcycle",
         "upcycle_model",
@@ -75,6 +81,7 @@ def main() -> None:
     # imported late: torch, transformers and lightning take seconds, `tpmm --help` should not
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from tpmm_pl.files import disk_fault
     from tpmm_pl.types import InputError, RunError
 
     command = COMMANDS[arguments[0]]
@@ -86,10 +93,15 @@ def main() -> None:
             _call(function, command, arguments)
     except InputError as error:
         _end(2, str(error))
-    except RunError as error:
-        _end(1, str(error))
     except SIGTERMException:
         sys.exit(143)
+    except Exception as error:
+        if (fault := disk_fault(error)) is not None:
+            again = "go on with --ckpt_path last" if arguments[0] == "fit" else "run it again"
+            _end(1, f"{fault}, then {again}")
+        if isinstance(error, RunError):
+            _end(1, str(error))
+        raise
 
 
 def _call(function: Callable[..., None], command: Command, arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Fits and passes inside a fit: Lightning Fabric with the trainer's own devices."""
+"""Fits and passes inside a fit: Lightning Fabric with the trainer's own device and precision."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from tqdm.auto import tqdm
 
 
 def fabric_like(trainer: Trainer) -> Fabric:
-    """Return a Fabric with the accelerator, precision and process group of ``trainer``.
+    """Return a Fabric with the accelerator, the precision and this process's device of ``trainer``.
 
-    With several processes the trainer's process group is already up and Fabric reuses it.
+    What several processes add up goes through the trainer's process group
+    (:mod:`tpmm_pl.processes`): passes and fits inside a fit share work, they wrap no module.
 
     Args:
         trainer: A trainer whose strategy has been set up.
     """
-    accelerator = trainer.accelerator.name()
+    index = trainer.strategy.root_device.index
     fabric = Fabric(
-        accelerator=accelerator,
-        devices=trainer.num_devices if accelerator == "cpu" else trainer.device_ids,
-        num_nodes=trainer.num_nodes,
-        strategy="ddp" if trainer.world_size > 1 else "auto",
+        accelerator=trainer.accelerator.name(),
+        devices=1 if index is None else [index],
         precision=trainer.precision,
         loggers=[],
     )

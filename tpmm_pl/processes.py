@@ -81,11 +81,21 @@ def from_first(make: Callable[[], T]) -> T:
     return made
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """Return the sum of all processes' tensors of one shape; the one given may be overwritten."""
-    if _together():
-        dist.all_reduce(tensor)
-    return tensor
+def mean(tensor: Tensor) -> Tensor:
+    """Return the mean of all processes' tensors of one shape, on the device of the one given."""
+    if not _together():
+        return tensor
+    # NCCL adds up nothing that is not on a GPU
+    total = tensor.cuda() if "nccl" in dist.get_backend() else tensor.clone()
+    dist.all_reduce(total)
+    return (total / count()).to(tensor.device)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Tell whether an error is that another process has ended."""
+    ended = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in ended)
+    return told and _together()
 
 
 def _together() -> bool:

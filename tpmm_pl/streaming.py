@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tpmm_pl.merging import CHUNK, check_fits, weighted_sum
 from tpmm_pl.types import StateDict
@@ -22,6 +24,9 @@ class StreamedMerge:
     ever in private memory. The differences lose no digits where snapshots nearly agree; the
     constant they leave out, :math:`\langle g, \theta_0\rangle`, vanishes under any constraint
     that keeps a row's sum.
+
+    Of a sharded parameter each process writes and dots its own shard, so that it reads no more of
+    the files than that.
 
     Args:
         parameters: The model's parameters by name; only these are written.
@@ -57,15 +62,16 @@ class StreamedMerge:
         """
         rows = coefficients.detach().double().tolist()
         for name, parameter in self.parameters.items():
-            tensors = [source[name] for source in self.sources]
-            weighted_sum(tensors, rows[self.group_of[name]], parameter.data)
+            tensors = [local_part(source[name], parameter) for source in self.sources]
+            weighted_sum(tensors, rows[self.group_of[name]], _local(parameter.data))
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
         """Yield a ``(G, K)`` float64 tensor that backward passes inside the block add to.
 
         Parameters keep no ``.grad`` of their own, nor what training left there. Several backward
-        passes accumulate.
+        passes accumulate. Where several processes run them, each on pairs of its own, the gradient
+        of their mean loss is the mean of what they are given here.
         """
         total = torch.zeros(self.groups, len(self.sources), dtype=torch.float64)
         handles = []
@@ -91,8 +97,9 @@ class StreamedMerge:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
                 # looked up here: kept for all parameters, K stacked adapters would be K * K ones
-                sources = [source[name] for source in self.sources]
-                total[group] += difference_dots(gradient, sources)
+                sources = [local_part(source[name], parameter) for source in self.sources]
+                # a sharded gradient is the mean of all processes' already, here of one shard
+                total[group] += _shards(gradient) * difference_dots(_local(gradient), sources)
 
         return hook
 
@@ -118,3 +125,39 @@ def difference_dots(gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
             source = flat[k][start : start + CHUNK].to(piece.device, wide)
             total[k] += float(torch.dot(piece, source - first))
     return total
+
+
+def local_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this process holds of a sharded one.
+
+    Args:
+        tensor: Of the shape of ``like``, the same on every process.
+        like: Says how it is spread; a tensor that is not sharded is held whole.
+
+    Raises:
+        ValueError: If ``like`` is spread in another way than in whole rows a process.
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    for dimension, placement in enumerate(like.placements):
+        if isinstance(placement, Replicate):
+            continue
+        if not isinstance(placement, Shard):
+            raise ValueError(f"a tensor is spread as {placement}; shard it by its rows alone")
+        chunks = tensor.chunk(like.device_mesh.size(dimension), placement.dim)
+        place = like.device_mesh.get_local_rank(dimension)
+        empty = tensor.narrow(placement.dim, 0, 0)  # few rows leave some processes none
+        tensor = chunks[place] if place < len(chunks) else empty
+    return tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shards(tensor: Tensor) -> int:
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    sizes = [mesh.size(d) for d, p in enumerate(tensor.placements) if isinstance(p, Shard)]
+    return prod(sizes)

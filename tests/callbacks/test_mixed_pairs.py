@@ -32,6 +32,7 @@ from tpmm_pl.callbacks import (
 )
 from tpmm_pl.callbacks.mixed_pairs import mixed_counts
 from tpmm_pl.noise import LabelNoise
+from tpmm_pl.rollouts.shards import Shard
 from tpmm_pl.toy.judges import LettersProxy
 from tpmm_pl.toy.module import LettersData
 from tpmm_pl.toy.rewards import answer_pairs
@@ -74,6 +75,20 @@ def made(root: Path, start: LettersPolicy, pairs: MixedPairs, data: LettersMix) 
     context = context_of(root, start, data=data)
     finish_round([TrajectorySnapshot(), pairs], context)
     return round_pairs(context.store, 0)
+
+
+def test_shards_answer_the_prompts_that_the_mix_has_use_for(
+    start: LettersPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = made(tmp_path / "whole", start, mixed(), LettersMix(10))
+    context = context_of(tmp_path / "shards", start, data=LettersMix(10))
+    pairs = mixed(wait_for_shards=2)
+    finish_round([TrajectorySnapshot()], context)
+    for number in (1, 2):
+        pairs.make_shard(context, 1, Shard(number, 2))
+    finish_round([pairs], context)
+    assert "10 of 10 prompts come answered in shards" in capsys.readouterr().err
+    assert round_pairs(context.store, 0) == whole
 
 
 def count(pairs: Sequence[Pair]) -> tuple[int, int]:

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.callbacks.letters_run import (
     context_of,
@@ -18,10 +22,13 @@ from tests.callbacks.letters_run import (
 from tpmm_pl.callbacks import ReferenceMerge, RoundContext, TrajectorySnapshot, finish_round
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.noise import LabelNoise
-from tpmm_pl.rollouts import sample_completions
+from tpmm_pl.rollouts import ServerGeneration, sample_completions
+from tpmm_pl.rollouts.shards import Shard
+from tpmm_pl.rounds import one_hot
+from tpmm_pl.toy.judges import LettersProxy
 from tpmm_pl.toy.letters import split_of
 from tpmm_pl.toy.start import LettersPolicy
-from tpmm_pl.types import Completion, InputError, RunError
+from tpmm_pl.types import Completion, InputError, Pair, RunError
 
 
 def tied(completions: Sequence[Completion]) -> list[float]:
@@ -56,7 +63,7 @@ def test_training_pairs_are_sampled_from_the_next_policy_and_fuse_pairs_from_the
         held[settings["key"].rpartition("/")[2]] = same
         return sample_completions(model, *rest, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("tpmm_pl.callbacks.on_policy_pairs.sample_completions", recorded)
+    monkeypatch.setattr("tpmm_pl.rollouts.generation.sample_completions", recorded)
     merge = ReferenceMerge("initial", next_policy="merge")
     finish_round([letters_pairs(), merge], context)
     assert held == {"fuse_pairs": (False, True), "pairs": (True, False)}
@@ -146,6 +153,100 @@ def test_data_without_prompts_are_refused(start: LettersPolicy, tmp_path: Path) 
     context.data = SimpleNamespace(tokenizer=None)
     with pytest.raises(InputError, match="data with prompts, and SimpleNamespace has none; use"):
         finish_round([letters_pairs()], context)
+
+
+def test_shards_are_paired_as_what_is_sampled_in_one_piece(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    found = []
+    for shards in (0, 2, 3):
+        context = context_of(tmp_path / str(shards), start)
+        # of 16 prompts four at once
+        pairs = letters_pairs(batch_size=16, method="best_random")
+        finish_round([TrajectorySnapshot()], context)
+        for number in range(1, shards + 1):
+            pairs.make_shard(context, 1, Shard(number, shards))
+        finish_round([pairs], context)
+        found.append(round_pairs(context.store, 0))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) > 8
+
+
+def test_shards_that_are_waited_for_end_the_fit_in_front_of_the_pairs(
+    start: LettersPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = context_of(tmp_path, start)
+    pairs = letters_pairs(wait_for_shards=2)
+    with pytest.raises(SystemExit) as ended:
+        finish_round([TrajectorySnapshot(), pairs], context)
+    assert ended.value.code == 0
+    command = f"`tpmm pairs {tmp_path} --round 1 --shard 1/2`"
+    assert f"round 1 waits for the completions of shard 1/2, 2/2: run {command}" in (
+        capsys.readouterr().out
+    )
+    assert context.store.record(0).pairs is None
+    # what came before is kept
+    assert context.store.record(0).fuse is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"temperature": 0.5}, "temperature 1.0, and this run has 0.5"),
+        ({"samples": 3}, "samples 4, and this run has 3"),
+        ({"max_new_tokens": 5}, "max_new_tokens 6, and this run has 5"),
+        ({"annotator": LettersProxy(bias=0.7)}, "annotator "),
+        ({"generation": ServerGeneration(["http://node1"])}, "generation TransformersGeneration"),
+    ],
+)
+def test_a_shard_of_other_settings_is_refused(
+    change: dict[str, Any], named: str, start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = context_of(tmp_path, start)
+    finish_round([TrajectorySnapshot()], context)
+    path = letters_pairs().make_shard(context, 1, Shard(1, 2))
+    with pytest.raises(InputError, match=f"{path.name} was made with {named}"):
+        letters_pairs(**change).training_pairs(context, 1)
+
+
+def test_a_shard_of_another_policy_or_other_prompts_is_refused(
+    start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    pairs = letters_pairs()
+    path = pairs.make_shard(context, 2, Shard(1, 1))
+    context.data.prompts_per_round = 12
+    with pytest.raises(InputError, match=f"{path.name} was made with prompts "):
+        pairs.training_pairs(context, 2)
+    context.data.prompts_per_round = 16
+    context.set_next_policy(one_hot(0))
+    with pytest.raises(InputError, match=f"{path.name} was made with policy "):
+        pairs.training_pairs(context, 2)
+
+
+def _pairs_of_one_process(rank: int, store: str, start: LettersPolicy) -> Sequence[Pair]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    made = _pairs_of(start, Path(store).parent / f"run_{rank}")
+    dist.destroy_process_group()
+    return made
+
+
+def _pairs_of(start: LettersPolicy, root: Path) -> Sequence[Pair]:
+    context = context_of(root, start)
+    return letters_pairs(batch_size=16, method="best_random").training_pairs(context, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_of_one(start: LettersPolicy, tmp_path: Path) -> None:
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    arguments = [(rank, f"{tmp_path}/store", start) for rank in range(2)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.starmap(_pairs_of_one_process, arguments)
+    alone = _pairs_of(start, tmp_path / "alone")
+    assert results == [alone, alone]
+    assert len(alone) > 8
 
 
 @pytest.mark.parametrize("setting", ["samples", "fuse_samples"])

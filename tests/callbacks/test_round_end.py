@@ -45,8 +45,8 @@ from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, Recipe
 
 _ONLY_LAST = {"ship", "evaluate_ship", "export"}
-_ONLY_BETWEEN = {"next_policy", "pairs", "checkpoint"}
-_IN_MEMORY = {"protect", "next_policy", "checkpoint"}
+_ONLY_BETWEEN = {"next_policy", "pairs", "checkpoint", "retain"}
+_IN_MEMORY = {"protect", "next_policy", "checkpoint", "retain"}
 
 
 class Counting(RoundCallback):

@@ -19,7 +19,9 @@ from tests.callbacks.letters_run import (
     snapshots,
 )
 from tpmm_pl.callbacks import OfflinePairs, ReferenceMerge, TrajectorySnapshot, finish_round
+from tpmm_pl.data.pairs import read_pairs, write_pairs
 from tpmm_pl.data.table import PairTable
+from tpmm_pl.files import file_sha256
 from tpmm_pl.models.reference_cache import cached_logps
 from tpmm_pl.models.scoring import score_pairs
 from tpmm_pl.noise import LabelNoise
@@ -153,3 +155,17 @@ def test_where_one_pair_lacks_its_reference_all_are_computed(
     known = context.data.train_pairs(1)
     logps = score_pairs(start.load_model(), known)
     assert [c for c, _ in references(round_pairs(context.store, 0))] == logps.chosen.tolist()
+
+
+def test_the_hashes_of_pairs_are_recorded_and_checked(start: LettersPolicy, tmp_path: Path) -> None:
+    stages = [TrajectorySnapshot(), ReferenceMerge("last", ship_steps=1), letters_pairs()]
+    store = fit(tmp_path, start, stages, rounds=1)
+    record = store.record(0)
+    for name, digest in ((record.pairs, record.pairs_sha256), (record.fuse, record.fuse_sha256)):
+        assert name is not None
+        path = store.root / name
+        assert digest == file_sha256(path)
+        pairs = list(read_pairs(path))
+        write_pairs(path, pairs[1:])
+        with pytest.raises(InputError, match=rf"{path} is not the file that was written"):
+            (round_pairs if name == record.pairs else fuse_pairs)(store, 0)

@@ -11,6 +11,7 @@ import pytest
 
 from tpmm_pl.data.pairs import read_pairs, write_pairs
 from tpmm_pl.data.table import SCHEMA
+from tpmm_pl.files import file_sha256
 from tpmm_pl.types import InputError, Pair
 
 
@@ -33,7 +34,8 @@ def test_pairs_survive_the_file_bit_for_bit(tmp_path: Path) -> None:
         pair(prompt_id=str(index), score_chosen=value, ref_chosen_logps=-value, flipped=index == 1)
         for index, value in enumerate(awkward)
     ]
-    write_pairs(tmp_path / "pairs.parquet", pairs)
+    digest = write_pairs(tmp_path / "pairs.parquet", pairs)
+    assert digest == file_sha256(tmp_path / "pairs.parquet")
     back = read_pairs(tmp_path / "pairs.parquet")
     assert [repr(one) for one in back] == [repr(one) for one in pairs]
     assert [struct.pack("d", one.score_chosen) for one in back] == [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,28 @@ def test_a_reward_models_card_names_its_start_and_metrics() -> None:
     assert "| base model | owner/name |" in card
     assert "| val/accuracy | 0.75 |" in card
     assert "| lora |" not in card
+
+
+def test_no_name_breaks_out_of_its_row_or_into_the_header(store: TrajectoryStore) -> None:
+    hostile = "owner/name\nlicense: mit\n---\n# Heading | a | b"
+    store.describe_model({"name": hostile, "revision": hostile})
+    training, metrics = {"loss": hostile}, {hostile: 1.0}
+    cards = [
+        policy_card(store, one_hot(2), adapter=False, training=training, metrics=metrics),
+        reward_card({"name": hostile, "revision": hostile}, metrics),
+    ]
+    for card in cards:
+        header = header_of(card)
+        assert not {"base_model", "license"} & set(header)
+        assert card.count("\n# ") == 1  # its own title
+        rows = [line for line in card.splitlines() if "Heading" in line]
+        assert all(line.startswith("| ") and line.endswith(" |") for line in rows)
+        assert all(re.sub(r"\\\|", "", line).count("|") == 3 for line in rows)
+        assert len(rows) >= 3
+
+
+def test_markup_in_a_name_is_inert() -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    card = reward_card({"name": "owner/name", "revision": hostile}, {hostile: 1.0})
+    assert "<img" not in card
+    assert card.count("&lt;img src=x onerror=alert(1)&gt;") == 2

@@ -7,6 +7,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -14,9 +15,14 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
+from tpmm_pl import processes
 from tpmm_pl.callbacks.reward_evaluation import RewardEvaluation
 from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
+from tpmm_pl.callbacks.stop_signals import StopSignals, stopping_on_signals
+from tpmm_pl.commands.dry_run import dry_run
+from tpmm_pl.commands.leftovers import remove_leftovers
 from tpmm_pl.commands.mistakes import sentence
 from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
 from tpmm_pl.data.rewards import RewardPairs
@@ -36,6 +42,9 @@ CALLBACK_GROUPS = (
     "checkpoint",
 )
 """Named optional callbacks of a config; one flag reaches each: ``--reference.strategy last``."""
+
+_OF_THIS_CALL = ("overwrite", "ckpt_path", "dry_run")
+"""Flags that are no part of the run's configuration."""
 
 _STEP_SETTINGS: dict[str, tuple[tuple[object, ...], str]] = {
     "gradient_clip_val": ((None, 0), "set model.gradient_clip_val"),
@@ -59,11 +68,14 @@ class RunCLI(LightningCLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the named callbacks and ``--overwrite``."""
+        """Add the named callbacks, ``--overwrite`` and ``--dry_run``."""
         for name in CALLBACK_GROUPS:
             parser.add_subclass_arguments(Callback, name, required=False)
         parser.add_argument(
             "--overwrite", action="store_true", help="start over in a folder that is in use"
+        )
+        parser.add_argument(
+            "--dry_run", action="store_true", help="print what time, memory and disk it will take"
         )
 
     def before_instantiate_classes(self) -> None:
@@ -75,22 +87,28 @@ class RunCLI(LightningCLI):
         _refuse_step_settings(settings)
         self._folder = RunFolder(Path(root))
         written = yaml.safe_load(self._parser(self.subcommand).dump(settings, skip_none=False))
-        # of this call, not of the run
-        self._written = {k: v for k, v in written.items() if k not in ("overwrite", "ckpt_path")}
+        self._written = {k: v for k, v in written.items() if k not in _OF_THIS_CALL}
         self._rounds = self._model_setting("rounds")
         self._follow_rounds(settings.trainer)
-        if not settings.overwrite:
+        if settings.dry_run:
+            # what data modules tell of their rows goes there
+            self._scratch = TemporaryDirectory()
+            settings.trainer.default_root_dir = self._scratch.name
+        elif not settings.overwrite:
             self._folder.check(self._written, ckpt_path=settings.ckpt_path, rounds=self._rounds)
 
     def before_fit(self) -> None:
         """Make the folder ready and find the checkpoint."""
         settings = self.config_init[self.subcommand]
         self._folder.begin(self._written, overwrite=settings.overwrite)
+        rank_zero_only(remove_leftovers)(self._folder.root)
         settings.ckpt_path = self._folder.resume_from(settings.ckpt_path)
 
     def after_fit(self) -> None:
         """Measure what the last step left, draw the figure of the run, mark it as finished."""
         self._validate_last_step()
+        if not self.trainer.is_global_zero:
+            return
         store = TrajectoryStore(self._folder.root / "trajectory")
         recipe = store.rounds[-1].recipe if store.rounds else None
         if recipe is not None:
@@ -111,6 +129,13 @@ class RunCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        settings = self.config_init[subcommand]
+        if settings.dry_run:
+            with self._scratch:
+                if self.trainer.is_global_zero:
+                    run = self.trainer, self.model, self.datamodule, self._folder.root
+                    print(dry_run(*run, overwrite=settings.overwrite))
+            return
         try:
             super()._run_subcommand(subcommand)
         except InputError:
@@ -119,7 +144,7 @@ class RunCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         named = [self._get(self.config_init, name) for name in CALLBACK_GROUPS]
-        callbacks = [*callbacks, *(callback for callback in named if callback is not None)]
+        callbacks = [StopSignals(), *callbacks, *(one for one in named if one is not None)]
         if config["logger"] in (None, True):
             root = config["default_root_dir"]
             config["logger"] = TensorBoardLogger(root, name="tensorboard", version="")
@@ -161,6 +186,7 @@ def _refuse_step_settings(settings: Any) -> None:
             )
 
 
+@stopping_on_signals()
 def train() -> None:
     """Run the subcommand in ``sys.argv``.
 
@@ -208,6 +234,11 @@ def train() -> None:
         if (mistake := _mistake_behind(error)) is not None:
             raise mistake from error
         logger.error("the run failed", exc_info=True)
+        if processes.is_loss(error):
+            raise RunError(
+                "another process of this run has ended; remove the cause, which it has printed if it"
+                " could, and go on with --ckpt_path last"
+            ) from error
         raise RunError(f"{type(error).__name__}: {error}") from error
 
 
@@ -219,6 +250,7 @@ def _mistake_behind(error: BaseException) -> InputError | None:
     return seen
 
 
+@rank_zero_only
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     # one line without the source: the sentences are for users
     text = f"{category.__name__}: {message}"

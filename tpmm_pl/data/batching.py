@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tpmm_pl import processes
 from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pair_rows
-from tpmm_pl.data.table import as_table
+from tpmm_pl.data.table import PairTable, as_table
 from tpmm_pl.rounds import run_seed
 from tpmm_pl.types import InputError, Pair, PairBatch, PairLogps
 
@@ -93,21 +93,35 @@ def fuse_loader(
 ) -> DataLoader[Pair]:
     """Return a loader of ``steps`` batches over held-out pairs, reshuffled when used up.
 
+    Processes share each batch, as many pairs each: what cannot be shared is left out.
+
     Args:
         pairs: All held-out pairs, at least one.
-        batch_size: Pairs a batch; at most all of them.
+        batch_size: Pairs a batch, of all processes together; at most all of them.
         steps: Length of the loader.
         generator: Drives the order.
         token_budget: As for :func:`micro_batches`, which make up a step.
+
+    Raises:
+        InputError: If a batch has fewer pairs than there are processes.
     """
     size = min(batch_size, len(pairs))
     order: list[int] = []
     while len(order) < steps * size:
         order += torch.randperm(len(pairs), generator=generator).tolist()
+    world = processes.count()
+    if size < world:
+        raise InputError(
+            f"{size} held-out pairs a step cannot be shared by {world} processes; give more fuse"
+            " pairs and a larger fusion.batch_size, or fewer devices"
+        )
+    used = size - size % world
+    batches = [order[step * size : step * size + used] for step in range(steps)]
+    table = as_table(pairs)
     return DataLoader(
-        pairs,  # type: ignore[arg-type]  # a sequence is a map-style dataset
-        batch_sampler=[order[step * size : (step + 1) * size] for step in range(steps)],
-        collate_fn=partial(micro_batches, token_budget=token_budget),
+        _Packed(table),  # type: ignore[arg-type]  # a batch is a list of these
+        batch_sampler=_Batches(table, batches, processes.rank(), world, token_budget),
+        collate_fn=list,
         # every iteration draws a number; not from the global generator, whose state it is not
         generator=generator,
     )
@@ -159,11 +173,9 @@ class PairLoader(DataLoader[Pair]):
         generator = _generator(seed, epoch)
         count = len(pairs)
         order = torch.randperm(count, generator=generator).tolist() if shuffle else [*range(count)]
+        table = as_table(pairs)
         steps = _cut(order, batch_size, world_size)
-        if world_size > 1:
-            prompt, chosen, rejected = as_table(pairs).lengths().values()
-            steps = [_share(step, prompt + chosen + rejected, rank, world_size) for step in steps]
-        self._batches = _Batches(steps)
+        self._batches = _Batches(table, steps, rank, world_size, token_budget)
         self._identity = {
             "pairs": count,
             "batch_size": batch_size,
@@ -172,9 +184,9 @@ class PairLoader(DataLoader[Pair]):
             "epoch": epoch,
         }
         super().__init__(
-            pairs,  # type: ignore[arg-type]  # a sequence is a map-style dataset
+            _Packed(table),  # type: ignore[arg-type]  # a batch is a list of these
             batch_sampler=self._batches,
-            collate_fn=partial(micro_batches, token_budget=token_budget),
+            collate_fn=list,
             # every iteration draws a number; not from the global generator, whose state it is not
             generator=generator,
         )
@@ -220,29 +232,60 @@ def epoch_loader(
     )
 
 
-class _Batches(Sampler[list[int]]):
-    """The batches of this rank; counts those handed out, can begin behind some once."""
+class _Packed(Dataset[PairBatch]):
+    """Micro-batches of a table's pairs, by the pairs' indices."""
 
-    def __init__(self, batches: list[list[int]]) -> None:
+    def __init__(self, table: PairTable) -> None:
+        self.table = table
+
+    def __getitem__(self, part: list[int]) -> PairBatch:
+        return collate(self.table.select(part))
+
+
+class _Batches(Sampler[list[list[int]]]):
+    """The batches of this rank, cut; counts those handed out, can begin behind some once."""
+
+    def __init__(
+        self,
+        table: PairTable,
+        batches: list[list[int]],
+        rank: int,
+        world_size: int,
+        token_budget: int,
+    ) -> None:
         self.batches = batches
         self.yielded = 0
         self._start = 0
+        self._table = table
+        self._rank = rank
+        self._world_size = world_size
+        self._token_budget = token_budget
 
     def __len__(self) -> int:
         # the whole epoch's, also after `skip`: the Trainer counts from its beginning
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[list[int]]]:
         # a generator: nothing happens before the first batch is asked for, so the iterators that
         # the Trainer makes and throws away do not use up the start
         start, self._start = self._start, 0
         for count, batch in enumerate(self.batches[start:], start + 1):
             self.yielded = count
-            yield batch
+            yield self._parts(batch)
 
     def skip(self, count: int) -> None:
         # a finished epoch is not resumed: what comes is the next one, from its first batch
         self._start = self.yielded = count if count < len(self.batches) else 0
+
+    def _parts(self, batch: list[int]) -> list[list[int]]:
+        # as many on every rank: where weights are sharded, ranks run their passes together
+        lengths = sum(self._table.select(batch).lengths().values())
+        shares = deal(batch, np.asarray(lengths), self._world_size)
+        cuts = [[[share[place] for place in part] for part in self._cut(share)] for share in shares]
+        return split_to(cuts[self._rank], max(map(len, cuts)))
+
+    def _cut(self, share: list[int]) -> list[list[int]]:
+        return pair_batches(self._table.select(share), self._token_budget)
 
 
 def _cut(order: list[int], batch_size: int, world_size: int) -> list[list[int]]:
@@ -251,11 +294,33 @@ def _cut(order: list[int], batch_size: int, world_size: int) -> list[list[int]]:
     return [order[batch * size : (batch + 1) * size] for batch in range(count)]
 
 
-def _share(step: list[int], tokens: NDArray[np.int64], rank: int, world_size: int) -> list[int]:
-    # dealt out from the longest, there and back, so that no rank waits long for another
-    longest = sorted(step, key=lambda index: -int(tokens[index]))
-    hands = [longest[start : start + world_size] for start in range(0, len(step), world_size)]
-    return [hand[rank if turn % 2 == 0 else -1 - rank] for turn, hand in enumerate(hands)]
+def deal(step: list[int], tokens: NDArray[np.int64], hands: int) -> list[list[int]]:
+    """Deal the items of a step out, as many to each hand and about as many tokens.
+
+    Args:
+        step: The items; a multiple of ``hands``.
+        tokens: Of each item.
+        hands: How many processes; one keeps the order.
+    """
+    if hands == 1:
+        return [step]
+    # from the longest, there and back, so that no rank waits long for another
+    places = np.argsort(-tokens, kind="stable").tolist()
+    rounds = [places[start : start + hands] for start in range(0, len(places), hands)]
+    return [
+        [step[turn[hand if number % 2 == 0 else -1 - hand]] for number, turn in enumerate(rounds)]
+        for hand in range(hands)
+    ]
+
+
+def split_to(parts: list[list[int]], count: int) -> list[list[int]]:
+    """Halve the parts with the most items until there are ``count``."""
+    parts = list(parts)
+    while len(parts) < count:
+        place = max(range(len(parts)), key=lambda index: len(parts[index]))
+        half = len(parts[place]) // 2
+        parts[place : place + 1] = [parts[place][:half], parts[place][half:]]
+    return parts
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

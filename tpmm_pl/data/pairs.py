@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from tpmm_pl.data.splits import quoted
 from tpmm_pl.data.table import SCHEMA, PairTable, arrow, join
-from tpmm_pl.files import replacing
+from tpmm_pl.files import file_sha256, replacing
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, Pair
 
@@ -21,16 +21,20 @@ _BLOCK = 4096
 """Pairs made at a time on writing."""
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> str:
     """Write pairs as parquet, atomically; every value survives bit for bit.
 
     Args:
         path: The file to make or replace.
         pairs: What to write; may be empty.
+
+    Returns:
+        The file's SHA-256.
     """
     with replacing(path) as beside, pq.ParquetWriter(beside, SCHEMA) as writer:
         for start in range(0, len(pairs), _BLOCK):
             writer.write_table(arrow(pairs[start : start + _BLOCK]))
+    return file_sha256(path)
 
 
 def read_pairs(path: Path) -> PairTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -147,5 +148,7 @@ def _versions() -> list[tuple[str, str]]:
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    # names come from folders and data: none may break its row, nor be markup of a page
+    cells = [[escape(cell, quote=False) for cell in line] for line in lines]
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from tpmm_pl import processes
 from tpmm_pl.data.notices import say
 from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.table import PairTable
 from tpmm_pl.files import replacing
-from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.models.scoring import score_shared
 from tpmm_pl.models.tree_pass import unwrapped
 from tpmm_pl.types import PairLogps
 
@@ -32,6 +33,8 @@ def cached_logps(
 ) -> PairLogps:
     """Score pairs without gradients, or read what the same weights gave the same tokens.
 
+    Processes share the pairs; each then knows all log-probabilities.
+
     The name of an entry is a hash of weights, configuration, precision and tokens, so that a hit
     is exact to the last bit, and a run with another learning rate or seed of training still finds
     it. An entry that cannot be read is made again; where none can be written, a line says so.
@@ -45,19 +48,33 @@ def cached_logps(
     Returns:
         Log-probabilities in nats, ``(len(pairs),)`` float32 on the CPU.
     """
+    path, known = processes.from_first(lambda: _look_up(model, pairs, folder))
+    if known is not None:
+        return PairLogps(**known)
+    logps = score_shared(model, pairs, token_budget=token_budget)
+    if processes.is_first():
+        _write(path, logps)
+    return logps
+
+
+def _look_up(
+    model: nn.Module, pairs: PairTable, folder: Path
+) -> tuple[Path, dict[str, Tensor] | None]:
     path = folder / f"{_key(model, pairs)}.safetensors"
     if path.is_file():
         try:
-            return PairLogps(**load_file(path))
+            return path, load_file(path)
         except SafetensorError:
             say(f"{path} cannot be read; its pairs are scored again")
-    logps = score_pairs(model, pairs, token_budget=token_budget)
+    return path, None
+
+
+def _write(path: Path, logps: PairLogps) -> None:
     try:
         with replacing(path) as beside:
             save_file(logps._asdict(), beside)
     except (OSError, SafetensorError) as error:
-        say(f"{folder} cannot be written ({error}); log-probabilities are not kept")
-    return logps
+        say(f"{path.parent} cannot be written ({error}); log-probabilities are not kept")
 
 
 def _key(model: nn.Module, pairs: PairTable) -> str:
@@ -76,7 +93,9 @@ def _of_model(model: nn.Module) -> Iterator[bytes]:
     yield repr((_VERSION, autocast, [state for state in states if any(state)], settings)).encode()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # a copy: what numpy has looked at cannot be freed when gathered weights are let go
+        whole = tensor.detach().to("cpu", copy=True)
+        yield whole.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _of_pairs(pairs: PairTable) -> Iterator[bytes]:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpmm_pl import processes
 from tpmm_pl.data.batching import cut_by_tokens, pair_batches
 from tpmm_pl.data.packing import TOKEN_BUDGET, pack_rows, pair_rows
-from tpmm_pl.data.table import as_table
+from tpmm_pl.data.table import PairTable, as_table
 from tpmm_pl.logps import head_logps, split_pairs, token_logps
+from tpmm_pl.models.sharding import unsharded_type
 from tpmm_pl.models.tree_pass import TreePass, unwrapped
 from tpmm_pl.modes import evaluating
 from tpmm_pl.types import Completion, Pair, PairBatch, PairLogps, TokenTree
@@ -87,6 +89,17 @@ def score_pairs(
     return PairLogps(chosen, rejected)
 
 
+def score_shared(
+    model: nn.Module, pairs: PairTable, *, token_budget: int = TOKEN_BUDGET
+) -> PairLogps:
+    """Score all pairs, each process its share; return what :func:`score_pairs` does to all."""
+    mine = pairs.select(processes.share(range(len(pairs))))
+    logps = score_pairs(model, mine, token_budget=token_budget)
+    together = processes.gathered(torch.stack(logps, 1).tolist())
+    chosen, rejected = torch.tensor(together, dtype=torch.float32).reshape(-1, 2).T.contiguous()
+    return PairLogps(chosen, rejected)
+
+
 @torch.no_grad()
 def score_completions(
     model: nn.Module, completions: Sequence[Completion], *, token_budget: int = TOKEN_BUDGET
@@ -117,7 +130,7 @@ def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
     backbone = getattr(inner, "base_model", None)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     # nothing that an adapter or a quantised form has put around it
-    if backbone is None or backbone is inner or type(head) is not nn.Linear:
+    if backbone is None or backbone is inner or unsharded_type(head) is not nn.Linear:
         return None
     device = next(model.parameters()).device
     # not token 0: often the padding, whose zero embedding gives zero logits, capped or not

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from tpmm_pl.data.notices import say
@@ -38,6 +39,8 @@ class TreePass:
         self.part = part
         self._has_head = part is model
         self._inner = inner = unwrapped(model)
+        # processes that share weights call the blocks together, and as often
+        self._at_once = any(isinstance(module, FSDPModule) for module in model.modules())
         # a mixture's router records all tokens
         self._last = None if moe_layers(inner) else last_feed_forward(inner)
         if inner not in _refusals:
@@ -81,7 +84,8 @@ class TreePass:
         ids, mask = pad_tree(tree)
         places = torch.arange(len(tokens), device=ids.device)
         positions = tree.positions[tokens]
-        groups = [(torch.arange(len(ids)), ids.shape[1])] if whole else length_groups(mask)
+        at_once = whole or self._at_once
+        groups = [(torch.arange(len(ids)), ids.shape[1])] if at_once else length_groups(mask)
         values, order = [], []
         for members, width in groups:
             place_in_group = ids.new_full((len(ids),), -1)

@@ -10,7 +10,9 @@ import json
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from tpmm_pl import processes
 from tpmm_pl.files import write_text
 from tpmm_pl.merging import assign_groups, check_fits
 from tpmm_pl.models.stacking import (
@@ -23,7 +25,7 @@ from tpmm_pl.models.stacking import (
     unstack,
     write_product,
 )
-from tpmm_pl.streaming import StreamedMerge
+from tpmm_pl.streaming import StreamedMerge, local_part
 from tpmm_pl.trajectory import Record, TrajectoryStore
 from tpmm_pl.types import InputError, Recipe, StateDict
 
@@ -40,7 +42,9 @@ def save_policy(policy: nn.Module, store: TrajectoryStore, round_index: int) -> 
         key: sorted(value) if isinstance(value, set) else value
         for key, value in policy.peft_config[TRAINED].to_dict().items()
     }
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=1, default=str) + "\n")
+    if processes.is_first():
+        text = json.dumps(config, indent=1, default=str) + "\n"
+        write_text(folder / "adapter_config.json", text)
     file = "adapter/adapter_model.safetensors"
     return store.add_snapshot(round_index, policy_state(policy), file)
 
@@ -52,6 +56,17 @@ def policy_state(policy: nn.Module) -> dict[str, Tensor]:
         return {file_name(name, TRAINED): p.detach() for name, p in adapter.items()}
     state = {name: parameter.detach() for name, parameter in policy.named_parameters()}
     return {**state, **_buffers(policy)}
+
+
+def whole_state(policy: nn.Module) -> dict[str, Tensor]:
+    """Gather what a snapshot holds on the CPU of the first process; others get nothing."""
+    whole = {}
+    for name, tensor in policy_state(policy).items():
+        # every process takes part in gathering each
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.is_first():
+            whole[name] = full.cpu()
+    return whole
 
 
 def streamed_merge(
@@ -166,7 +181,8 @@ def load_state(policy: nn.Module, state: StateDict, what: str) -> None:
     own = policy_state(policy)
     check_fits(state, own, what)
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local.copy_(local_part(state[name], tensor))
 
 
 def _misfit(store: TrajectoryStore, error: ValueError) -> InputError:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tpmm_pl.data.tokens.chat import check_vocabulary
 from tpmm_pl.losses import log_ratios, per_token, preference_loss
 from tpmm_pl.models.scoring import PairScorer, pair_tokens
+from tpmm_pl.models.sharding import gathered_weights, shard_model
 from tpmm_pl.models.source import PolicySource
-from tpmm_pl.modules.packed_steps import PackedSteps
+from tpmm_pl.modules.packed_steps import PackedSteps, at_least_0
 from tpmm_pl.registry import lookup
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import InputError, PairBatch, PairLogps, Recipe
@@ -52,6 +53,8 @@ class DPOModule(PackedSteps, LightningModule):
         warmup: Share of a round's steps over which the learning rate rises from 0.
         gradient_clip_val: Largest norm of a step's gradient; ``None``: any. In place of the
             Trainer's setting of that name, which knows no steps of several micro-batches.
+        skip_non_finite: How many steps of a run may be left out because their loss or gradient is
+            not finite; one more ends the run. They are logged as ``skipped_steps``.
 
     Raises:
         InputError: If a setting is unknown or out of range.
@@ -71,6 +74,7 @@ class DPOModule(PackedSteps, LightningModule):
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
         gradient_clip_val: float | None = None,
+        skip_non_finite: int = 0,
     ) -> None:
         super().__init__()
         if rounds < 1 or epochs_per_round < 1:
@@ -95,6 +99,7 @@ class DPOModule(PackedSteps, LightningModule):
         self.schedule = schedule
         self.warmup = warmup
         self.gradient_clip_val = gradient_clip_val
+        self.skip_non_finite = at_least_0(skip_non_finite)
         self.reference: Recipe | None = None
         self.policy: nn.Module
 
@@ -107,6 +112,8 @@ class DPOModule(PackedSteps, LightningModule):
             self.policy = policy
             # an adapter's checkpoint leaves the frozen base model out
             self.strict_loading = not isinstance(self.policy, PeftModel)
+            if self.device_mesh is not None:
+                shard_model(self.policy, self.device_mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of the parameters that train."""
@@ -123,7 +130,8 @@ class DPOModule(PackedSteps, LightningModule):
 
     def on_fit_start(self) -> None:
         """Take the policy's backbone and head apart once; say so if there is no reference."""
-        self._scorer = PairScorer(self.policy)
+        with gathered_weights(self.policy):
+            self._scorer = PairScorer(self.policy)
         if not self.needs_reference:
             self.print(
                 f"loss {self.loss}: no reference, the rounds' pairs are not scored under one"
@@ -133,6 +141,7 @@ class DPOModule(PackedSteps, LightningModule):
         """Take an optimizer step on the weighted mean loss of all pairs; return that loss."""
         parts: list[dict[str, Tensor]] = []
         scored: list[PairLogps] = []
+        totals: list[Tensor] = []
 
         def loss_of(micro: PairBatch) -> Tensor:
             logps = self._scorer(micro)
@@ -140,15 +149,17 @@ class DPOModule(PackedSteps, LightningModule):
             weighted = {name: values * micro.weight for name, values in losses.items()}
             parts.append({name: values.detach() for name, values in weighted.items()})
             scored.append(PairLogps(*(values.detach() for values in logps)))
+            totals.append(self.loss.total(parts[-1]))
             return self.loss.total({name: values.mean() for name, values in weighted.items()})
 
-        self.step(batch, loss_of)
+        self.step(batch, loss_of, totals, batch_idx)
         means = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
         named = {f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
         reference = _joined([micro.reference for micro in batch])
         tokens = _joined([pair_tokens(micro) for micro in batch])
         metrics = {"loss": self.loss.total(means), **named}
         metrics |= self._rewards(_joined(scored), reference, tokens)
+        metrics = self.averaged(metrics)
         self.log_dict(metrics, batch_size=len(reference.chosen))
         return metrics["loss"]
 
@@ -166,6 +177,7 @@ class DPOModule(PackedSteps, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a frozen base model out of the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
         if not self.strict_loading:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             state = checkpoint["state_dict"]

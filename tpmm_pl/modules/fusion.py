@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from tpmm_pl import processes
 from tpmm_pl.files import write_text
 from tpmm_pl.losses import dpo_loss, per_token, simpo_loss
 from tpmm_pl.merging import check_grouping
 from tpmm_pl.models.scoring import PairScorer, pair_tokens
+from tpmm_pl.models.sharding import gathered_weights
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.models.weights import streamed_merge
 from tpmm_pl.registry import lookup
@@ -161,7 +163,9 @@ class FusionWeights(LightningModule):
         """
         merge, groups = streamed_merge(policy, store, snapshots, self.settings.grouping)
         start = torch.zeros(len(groups), len(snapshots))
-        self.attach(merge, groups, PairScorer(policy), snapshots, start)
+        with gathered_weights(policy):
+            scorer = PairScorer(policy)
+        self.attach(merge, groups, scorer, snapshots, start)
         return self
 
     def attach(
@@ -215,7 +219,7 @@ class FusionWeights(LightningModule):
         return self.constraint(self.weights)
 
     def training_step(self, batch: list[PairBatch], batch_idx: int) -> None:
-        """Update the coefficients on a batch of held-out pairs."""
+        """Update the coefficients on a batch of held-out pairs, this process's share of a step."""
         coefficients = self.coefficients()
         self.merge.write(coefficients)
         pairs = sum(len(micro.weight) for micro in batch)
@@ -226,6 +230,8 @@ class FusionWeights(LightningModule):
                 share = (losses * micro.weight).sum() / pairs
                 self.manual_backward(share)
                 loss += share.detach()
+        joint = processes.mean(torch.cat([gradient.flatten(), loss.double().cpu()[None]]))
+        gradient, loss = joint[:-1].view_as(gradient), joint[-1]
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         coefficients.backward(gradient.to(coefficients))

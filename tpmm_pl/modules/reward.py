@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tpmm_pl.data.tokens.chat import check_vocabulary
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
+from tpmm_pl.models.sharding import gathered_weights, shard_model
 from tpmm_pl.models.source import PolicySource
 from tpmm_pl.modules.dpo import SCHEDULES, learning_rate_factor
-from tpmm_pl.modules.packed_steps import PackedSteps
+from tpmm_pl.modules.packed_steps import PackedSteps, at_least_0
 from tpmm_pl.modules.pair_validation import PairValidation, refuse_not_finite
 from tpmm_pl.moe.routing import Routing, balance_loss, joined, recorded_routing
 from tpmm_pl.registry import lookup
@@ -38,6 +39,8 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         warmup: Share of the fit's steps over which the learning rate rises from 0.
         gradient_clip_val: Largest norm of a step's gradient; ``None``: any. In place of the
             Trainer's setting of that name, which knows no steps of several micro-batches.
+        skip_non_finite: How many steps of a run may be left out because their loss or gradient is
+            not finite; one more ends the run. They are logged as ``skipped_steps``.
 
     Raises:
         InputError: If a setting is unknown or out of range.
@@ -53,6 +56,7 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         schedule: Literal["constant", "linear", "cosine"] = "constant",
         warmup: float = 0.0,
         gradient_clip_val: float | None = None,
+        skip_non_finite: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 0.5:
@@ -70,6 +74,7 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         self.schedule = schedule
         self.warmup = warmup
         self.gradient_clip_val = gradient_clip_val
+        self.skip_non_finite = at_least_0(skip_non_finite)
         self.routings: dict[str, Routing] = {}
         """What the routers did in the last training step, by layer; empty for a dense model."""
         self.reward: nn.Module
@@ -83,6 +88,8 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
             self.reward = reward
             # an adapter's checkpoint leaves the frozen base model out
             self.strict_loading = not isinstance(self.reward, PeftModel)
+            if self.device_mesh is not None:
+                shard_model(self.reward, self.device_mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of the parameters that train."""
@@ -90,12 +97,14 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
 
     def on_fit_start(self) -> None:
         """Take the model's backbone and head apart once."""
-        self._scorer = RewardScorer(self.reward)
+        with gathered_weights(self.reward):
+            self._scorer = RewardScorer(self.reward)
 
     def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
         """Take an optimizer step on the weighted mean loss, the experts' balance included."""
         step = self.global_step
         losses: list[Tensor] = []
+        ranked: list[Tensor] = []
         scored: list[Rewards] = []
         routed: list[dict[str, Routing]] = []
 
@@ -104,7 +113,9 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
             seen = self._scorer.seen(micro.tree)
             with recorded_routing(self.reward, seen, generator_of(*numbers)) as routings:
                 rewards = self._scorer(micro)
-            loss = (self._losses(rewards, micro.margin) * micro.weight).mean()
+            ranking = self._losses(rewards, micro.margin) * micro.weight
+            ranked.append(ranking.detach())
+            loss = ranking.mean()
             if routings:
                 loss = loss + self.balance * total_balance_loss(routings)
             losses.append(loss.detach() * len(micro.weight))
@@ -112,7 +123,7 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
             routed.append({name: Routing(*map(_detached, r)) for name, r in routings.items()})
             return loss
 
-        self.step(batch, loss_of)
+        self.step(batch, loss_of, ranked, batch_idx)
         self.routings = {name: joined([r[name] for r in routed]) for name in routed[0]}
         rewards = Rewards(*map(torch.cat, zip(*scored, strict=True)))
         every = self.trainer.log_every_n_steps
@@ -123,6 +134,7 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         metrics = {"loss": torch.stack(losses).sum() / pairs, **reward_metrics(rewards)}
         if self.routings:
             metrics["balance_loss"] = total_balance_loss(self.routings)
+        metrics = self.averaged(metrics)
         self.log_dict(metrics, batch_size=pairs)
         return metrics["loss"]
 
@@ -146,6 +158,7 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a frozen base model out of the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
         if not self.strict_loading:
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             state = checkpoint["state_dict"]

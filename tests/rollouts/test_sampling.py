@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from tests.models.tiny import EOS, tiny_gpt2, tiny_llama, tiny_tokenizer
@@ -220,7 +223,7 @@ def test_a_model_whose_prompts_cannot_be_shared_says_so_once_and_samples_the_sam
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = sample(model(), prompts())
-    monkeypatch.setattr("tpmm_pl.rollouts.shares_prefill", lambda policy: False)
+    monkeypatch.setattr("tpmm_pl.rollouts.sampling.shares_prefill", lambda policy: False)
     for batch_size in (15, 4):
         made = sample(model(), prompts(), batch_size=batch_size)
         assert ids(made) == ids(expected)
@@ -282,6 +285,67 @@ def test_a_prefill_that_does_not_fit_is_halved_too(error: Exception) -> None:
     made = sample(policy, prompts(), batch_size=15)
     assert [shape[0] for shape in memory.passes if _is_prefill(shape)] == [5, 2, 2, 1]
     assert ids(made) == ids(expected)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_that_outgrows_the_memory_at_its_third_token_is_halved_too(
+    error: Exception,
+) -> None:
+    expected = sample(model(), prompts())
+    policy = model()
+    steps = 0
+
+    def fits(shape: Shape) -> bool:
+        nonlocal steps
+        steps = 0 if _is_prefill(shape) else steps + 1
+        return steps < 2 or shape[0] <= 4
+
+    memory = Memory(policy, fits, error)
+    made = sample(policy, prompts(), batch_size=15)
+    assert len([shape for shape in memory.passes if _is_prefill(shape)]) > 2
+    assert ids(made) == ids(expected)
+    assert [c.logps for c in made] == pytest.approx([c.logps for c in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("at_prefill", [True, False])
+def test_what_a_failed_batch_held_is_free_before_the_next_attempt(at_prefill: bool) -> None:
+    policy = model()
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def hold(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # two layers deep, as an activation would be when memory ends
+        alive.append(sum(reference() is not None for reference in held))
+        activations = output.clone()
+        rows, tokens = output.shape[:2]
+        if rows > 4 and _is_prefill((rows, tokens)) == at_prefill:
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("out of memory")
+
+    policy.get_submodule("model.layers.1.mlp").register_forward_hook(hold)
+    gc.disable()
+    try:
+        sample(policy, prompts(), batch_size=15)
+    finally:
+        gc.enable()
+    assert held
+    assert set(alive) == {0}
+
+
+def test_the_progress_bar_counts_what_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            counts.append(int(n or 0))
+            return super().update(n)
+
+    monkeypatch.setattr("tpmm_pl.rollouts.sampling.tqdm", Bar)
+    policy = model()
+    Memory(policy, lambda shape: shape[0] <= 4, torch.OutOfMemoryError("out of memory"))
+    sample(policy, prompts(), batch_size=15)
+    assert sum(counts) == 15
+    assert max(counts) < 15
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tpmm_pl.data.notices import say
-from tpmm_pl.models.decoding import Decoding, decode, decode_with_generate, shares_prefill
+from tpmm_pl.models.decoding import Decoding, Tokens, decode, decode_with_generate, shares_prefill
 from tpmm_pl.models.draws import row_keys
 from tpmm_pl.modes import evaluating
 from tpmm_pl.types import Completion, Prompt
@@ -55,11 +55,10 @@ def sample_completions(
         ``len(prompts) * samples`` completions, all of a prompt together, in order.
     """
     jobs = [(prompt, index) for prompt in prompts for index in range(samples)]
-    # by length, and equal prompts together
-    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i][0].ids), jobs[i][0].ids))
+    order = by_length([prompt.ids for prompt, _ in jobs])
     done: dict[int, Completion] = {}
     settings = Decoding(
-        max_new_tokens, _end_ids(model, tokenizer), tokenizer.pad_token_id, temperature
+        max_new_tokens, end_ids(model, tokenizer), tokenizer.pad_token_id, temperature
     )
     started, tokens = time.perf_counter(), 0
     bar = tqdm(total=len(jobs), desc=title, unit="completion", leave=False, disable=None)
@@ -67,12 +66,11 @@ def sample_completions(
         while order:
             # whole prompts where one fits: the next batch would prefill the last one again
             chosen = order[: batch_size - batch_size % samples or batch_size]
-            try:
-                batch = _complete(model, tokenizer, [jobs[i] for i in chosen], key, settings)
-            except RuntimeError as error:
-                if len(chosen) == 1 or not _is_out_of_memory(error):
-                    raise
+            batch = _complete_if_it_fits(model, tokenizer, [jobs[i] for i in chosen], key, settings)
+            if batch is None:
                 batch_size = len(chosen) // 2
+                _release_memory()
+                logger.info("%s: out of memory, %d at once from here on", title, batch_size)
                 continue
             done.update(zip(chosen, batch, strict=True))
             order = order[len(chosen) :]
@@ -81,6 +79,27 @@ def sample_completions(
             bar.update(len(chosen))
     logger.info("%s: %d tokens, %s", title, tokens, _speed(tokens, started))
     return [done[i] for i in range(len(jobs))]
+
+
+def by_length(rows: Sequence[Tokens]) -> list[int]:
+    """Return the places of rows of tokens, short ones first and equal ones together."""
+    return sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]))
+
+
+def _complete_if_it_fits(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[tuple[Prompt, int]],
+    key: str,
+    settings: Decoding,
+) -> list[Completion] | None:
+    try:
+        return _complete(model, tokenizer, jobs, key, settings)
+    except RuntimeError as error:
+        if len(jobs) == 1 or not _is_out_of_memory(error):
+            raise
+    # the error is gone by now, and with its traceback all that the batch has left in memory
+    return None
 
 
 def _complete(
@@ -98,19 +117,35 @@ def _complete(
     keys = row_keys(names, next(model.parameters()).device)
     made = way(model, [prompt.ids for prompt, _ in jobs], keys, settings)
     return [
-        Completion(
-            prompt,
-            index,
-            ids,
-            text=str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-            finished=ids[-1] in settings.end_ids,
-            logps=sum(logps),
-        )
-        for (prompt, index), (ids, logps) in zip(jobs, made, strict=True)
+        completion(*job, ids, logps, tokenizer, settings.end_ids)
+        for job, (ids, logps) in zip(jobs, made, strict=True)
     ]
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def completion(
+    prompt: Prompt,
+    index: int,
+    ids: Sequence[int],
+    logps: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Tokens,
+) -> Completion:
+    """Return a completion from its tokens and their log-probabilities.
+
+    Args:
+        prompt: What it answers.
+        index: Which of the prompt's samples.
+        ids: At least one token; the end token included where it was sampled.
+        logps: In nats at temperature 1, one a token.
+        tokenizer: Decodes.
+        ends: Tokens that end a completion.
+    """
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return Completion(prompt, index, tuple(ids), text, ids[-1] in ends, sum(logps))
+
+
+def end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Return the tokens that end a completion: the model's and the tokenizer's."""
     config = getattr(model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     known = ends if isinstance(ends, list) else [ends]
@@ -119,6 +154,12 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
 
 def _speed(tokens: int, started: float) -> str:
     return f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
+
+
+def _release_memory() -> None:
+    # blocks cut for the larger batch may not fit the smaller ones
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
