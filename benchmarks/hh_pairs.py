@@ -127,8 +127,17 @@ def count_tokens(rows: Rows) -> TokenCounts:
 
 def typical(batches: Sequence[Rows]) -> int:
     """Return the number of the batch with the median of the padded tokens."""
+    return _by_length(batches)[len(batches) // 2]
+
+
+def longest(batches: Sequence[Rows]) -> int:
+    """Return the number of the batch with the most padded tokens."""
+    return _by_length(batches)[-1]
+
+
+def _by_length(batches: Sequence[Rows]) -> list[int]:
     padded = [count_tokens(rows).padded for rows in batches]
-    return sorted(range(len(padded)), key=padded.__getitem__)[len(padded) // 2]
+    return sorted(range(len(padded)), key=padded.__getitem__)
 
 
 def _draw_ids(

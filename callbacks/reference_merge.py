@@ -15,6 +15,7 @@ from tpmm_pl.callbacks.round_end import RoundCallback, reset_optimizer
 from tpmm_pl.data.batching import fuse_loader
 from tpmm_pl.data.pairs import read_fuse_pool
 from tpmm_pl.fabric import fit_with_fabric
+from tpmm_pl.models.sharding import is_sharded
 from tpmm_pl.models.stacking import check_mergeable, is_mergeable
 from tpmm_pl.modules.fusion import FusionSettings, FusionWeights, fit_warning
 from tpmm_pl.rollouts import sample_shared
@@ -155,7 +156,7 @@ class ReferenceMerge(RoundCallback):
             note = f"cut to the adapter's rank, relative error {error:.1e}"
             context.store.update(context.round_index, notes={"rank": note})
         for optimizer in context.optimizers:
-            reset_optimizer(optimizer)
+            reset_optimizer(optimizer, in_place=is_sharded(context.policy))
 
     def make_ship_recipes(self, context: RoundContext) -> None:
         """Write the recipes that may be shipped: the last merge, the average, a learned fit."""

@@ -42,11 +42,13 @@ class FitCheckpoint(Checkpoint):
         self.last_model_path = ""
         """The newest checkpoint that this process has written, by Lightning's name."""
         self._last_step = 0
+        self._trained = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the checkpoint every N steps."""
+        self._trained = True
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if self.every_n_steps and stepped and trainer.global_step % self.every_n_steps == 0:
@@ -87,7 +89,16 @@ class RoundCheckpoint(RoundCallback, FitCheckpoint):
 
     def stages(self) -> dict[str, Stage]:
         """Return the checkpoints before and after the rest of a round's end."""
-        return {"protect": self.save, "checkpoint": self.save}
+        return {"protect": self.protect, "checkpoint": self.save}
+
+    def protect(self, context: RoundContext) -> None:
+        """Write the checkpoint, unless the run has just resumed from it.
+
+        A resumed Trainer counts the epoch as complete before the round's end is: from what it
+        would write here it would next ask for batches that the round's end has yet to make.
+        """
+        if self._trained:
+            self.save(context)
 
     def save(self, context: RoundContext) -> None:
         """Write the checkpoint, except before the first round, where there is nothing to keep."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
@@ -249,13 +248,16 @@ def _of_another_run(store: TrajectoryStore) -> InputError:
     )
 
 
-def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def reset_optimizer(optimizer: torch.optim.Optimizer, *, in_place: bool = False) -> None:
     """Forget what an optimizer has accumulated, as if it had never stepped.
 
-    A sharded state stays, filled with zeros: checkpoints of several processes need it to be there.
-    It is as new for optimizers whose state begins at zero, as those of torch are.
+    Args:
+        optimizer: What to reset.
+        in_place: Fill its state with zeros, as checkpoints of a sharded model need it: where there
+            is no state they take a step to make it, and that step counts. Right for optimizers
+            whose state begins at zero, as Adam's does.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in optimizer.state):
+    if not in_place:
         optimizer.state.clear()
         return
     for state in optimizer.state.values():

@@ -137,7 +137,10 @@ class RoundEvaluation(RoundCallback):
                 title=f"round {context.round_index}: evaluating {domain}",
             )
         mine = processes.share(completions)
-        scores = {name: processes.gathered(judge(mine)) for name, judge in self.judges.items()}
+        scores = {
+            name: processes.gathered(judge(mine) if mine else [])
+            for name, judge in self.judges.items()
+        }
         return Answers(completions, scores)
 
     def _wins(self, context: RoundContext, answer: Answers, domain: str) -> dict[str, float]:

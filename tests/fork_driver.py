@@ -1,7 +1,8 @@
 """Runs `tpmm` in forked children of one process that has imported everything, and kills them.
 
 Reads a request a line from standard input, a JSON object: ``argv``, the file ``log`` for what the
-child prints, the file ``seen`` for the batches it trains on, and how it ends:
+child prints, the file ``seen`` for the batches it trains on, ``environment`` to add, and how it
+ends:
 
 - ``seconds``: SIGKILL from outside after so much processor time of the child; or
 - ``strike``: a point that strikes the child with a signal from inside: ``signal`` by name,
@@ -75,6 +76,7 @@ def _be_child(request: dict[str, Any]) -> None:
     code = 70
     try:
         sys.argv = ["tpmm", *request["argv"]]
+        os.environ.update(request.get("environment") or {})
         _note_batches(Path(request["seen"]))
         if (strike := request.get("strike")) is not None:
             _arm(**strike)
@@ -164,7 +166,7 @@ def _arm_write(part: str, name: str, strikes: Callable[[], bool]) -> None:
             _strike(name)
         flush(descriptor)
 
-    os.fsync = struck
+    vars(os)["fsync"] = struck
 
 
 def _strike(name: str) -> None:

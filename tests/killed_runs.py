@@ -70,6 +70,7 @@ class Runs:
         *flags: str,
         seconds: float | None = None,
         strike: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> Ended:
         """Start a run, or with ``--ckpt_path last`` go on with it; wait for its end.
 
@@ -78,11 +79,13 @@ class Runs:
             flags: Of the command line.
             seconds: Of processor time after which SIGKILL ends it.
             strike: A point inside; see ``fork_driver``.
+            environment: Variables to add.
         """
         root = self.root(name)
         root.parent.mkdir(exist_ok=True)
         argv = ["fit", "--config", str(self.config), "--trainer.default_root_dir", str(root)]
         request: dict[str, Any] = {"argv": [*argv, *flags], "seconds": seconds, "strike": strike}
+        request["environment"] = environment
         request |= {"log": str(self.log(name)), "seen": str(self._seen(name))}
         with self._seen(name).open("a") as opened:
             opened.write("start\n")

@@ -27,8 +27,9 @@ from tests.killed_runs import ROUNDS, SIGKILLED, Runs, differences, leftovers
 from tpmm_pl.trajectory import TrajectoryStore
 
 _KILLS_A_RUN = 12
-_EARLIEST = 0.3
-"""Share of a whole run's time before which none is killed: half of it goes by reading settings."""
+_SPAN = (0.3, 0.8)
+"""Shares of a whole run's time between which a start is killed. Nearly half of it goes by until the
+settings are read and the model is loaded; a start that was resumed has less left to do."""
 _STILL = 6
 """Kills in a row, each after at least half the time of a whole run, that may bring nothing."""
 
@@ -92,7 +93,7 @@ def _one(runs: Runs, account: Account, seconds: float, kills: int, moments: rand
     name, still = f"run_{account.number}", 0
     while account.kills < kills and still <= _STILL:
         before = _progress(runs.root(name))
-        moment = moments.uniform(_EARLIEST * seconds, seconds)
+        moment = seconds * moments.uniform(*_SPAN)
         code = runs.resume(name, seconds=moment).code
         if code != SIGKILLED:
             account.wrong += [f"exit code {code}"] if code else []

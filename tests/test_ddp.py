@@ -12,7 +12,7 @@ import torch
 
 from tests.two_processes import coefficients, exit_codes, fit, losses, together, weights
 from tpmm_pl import cli
-from tpmm_pl.callbacks import TrajectorySnapshot
+from tpmm_pl.callbacks import RoundContext, TrajectorySnapshot
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def run_the_command(root: Path) -> None:
 
 
 def lose_the_second(root: Path) -> None:
-    def die(*_: object) -> None:
+    def die(self: TrajectorySnapshot, context: RoundContext) -> None:
         os._exit(9)
 
     if os.environ["RANK"] == "1":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,3 +119,16 @@ def test_no_process_holds_the_snapshots_that_it_merges(tmp_path: Path) -> None:
     for rank in range(2):
         few, many = (int((tmp_path / f"peak_{k}_{rank}").read_text()) for k in (2, 8))
         assert many - few < 0.05 * size, (few, many, size)
+
+
+def with_adapter() -> PeftModel:
+    torch.manual_seed(1)
+    settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return cast(PeftModel, get_peft_model(tiny_llama(), settings))
+
+
+def test_adapters_on_a_sharded_model_end_where_one_process_ends(tmp_path: Path) -> None:
+    source = TinySource(with_adapter)
+    fit(tmp_path / "one", source=source)
+    together(partial(fit, tmp_path / "two", strategy="fsdp2", processes=2, source=source))
+    assert_same_run(tmp_path / "two", tmp_path / "one")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.killed_runs import SIGKILLED, Runs, differences, leftovers, strike
 from tpmm_pl.trajectory import TrajectoryStore
@@ -47,6 +46,11 @@ MORE_KILLS: dict[str, dict[str, Any]] = {
         "calls": [2],
     },
 }
+SLURM = {
+    **{"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "letters"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+}
+"""Of a job's one process; Lightning would write a checkpoint of its own and requeue the job."""
 SIGNALS: dict[str, dict[str, Any]] = {
     "before_the_fit": {"at": "tpmm_pl.toy.start:_store"},
     "before_the_first_round": {"at": SAMPLING, "calls": [3]},
@@ -93,17 +97,31 @@ def test_a_killed_run_goes_on_to_the_same_weights(kill: str, runs: Runs) -> None
     point = strike("SIGKILL", **(KILLS | MORE_KILLS)[kill])
     flags = own_start(kill, runs) if kill == "mid_start" else ()
     assert runs.fit(kill, *flags, strike=point).code == SIGKILLED
+    if kill == "mid_checkpoint":
+        (beside,) = leftovers(runs.root(kill))
+        whole = runs.root(kill) / "checkpoints" / "last.ckpt"
+        assert 0 < beside.stat().st_size < whole.stat().st_size
     assert_goes_on(runs, kill, *flags)
 
 
-def test_half_a_file_of_a_killed_run_is_never_in_its_place(runs: Runs) -> None:
-    name = "half"
-    assert runs.fit(name, strike=strike("SIGKILL", **KILLS["mid_checkpoint"])).code == SIGKILLED
-    folder = runs.root(name) / "checkpoints"
-    (beside,) = leftovers(folder)
-    whole = folder / "last.ckpt"
-    assert 0 < beside.stat().st_size < whole.stat().st_size
-    torch.load(whole, weights_only=True)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "tpmm_pl.callbacks.reference_merge:ReferenceMerge.make_reference",
+        pytest.param(
+            "tpmm_pl.callbacks.round_evaluation:RoundEvaluation.evaluate_ship",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_killed_again_while_it_makes_up_for_a_stage_goes_on(stage: str, runs: Runs) -> None:
+    name = stage.rpartition(".")[2]
+    first = 3 if name == "make_reference" else 1
+    point = strike("SIGKILL", at=stage, calls=[first])
+    assert runs.fit(name, strike=point).code == SIGKILLED
+    again = strike("SIGKILL", at=stage)
+    assert runs.resume(name, strike=again).code == SIGKILLED
+    assert_goes_on(runs, name)
 
 
 @pytest.mark.slow
@@ -116,10 +134,11 @@ def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_weights(
         assert_goes_on(runs, name)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1"])
 def test_a_signal_within_a_round_leaves_a_checkpoint_of_the_batch(name: str, runs: Runs) -> None:
     run = f"{name}_in_a_batch"
-    assert runs.fit(run, strike=strike(name, at=UPDATE, calls=[6, 7])).code == 143
+    ended = runs.fit(run, strike=strike(name, at=UPDATE, calls=[6]), environment=SLURM)
+    assert ended.code == 143, runs.log(run).read_text()
     (seen,) = runs.starts(run)
     assert len(seen) == 6
     assert_goes_on(runs, run)
@@ -128,7 +147,7 @@ def test_a_signal_within_a_round_leaves_a_checkpoint_of_the_batch(name: str, run
     assert not list((runs.root(run)).rglob("hpc_ckpt*"))
 
 
-@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_within_a_stage_ends_the_run_behind_it(name: str, runs: Runs) -> None:
     run = f"{name}_in_a_stage"
     # the second signal comes while the first one's stage still runs

@@ -165,6 +165,17 @@ def test_an_index_names_files_of_its_own_folder_only(name: str, tmp_path: Path) 
         read_tensors(index)
 
 
+def test_a_file_of_an_index_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path, digest = write_tensors(tmp_path / "run" / "policy.safetensors", state(), largest=130)
+    moved = sorted(path.parent.glob("policy-*"))[0]
+    moved.rename(tmp_path / "elsewhere")
+    moved.symlink_to(tmp_path / "elsewhere")
+    for use in (read_tensors, lambda index: check_sha256(index, digest)):
+        with pytest.raises(InputError, match=f"'{moved.name}' leads out of"):
+            use(path)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}, "metadata": []}'])
 def test_what_is_no_index_is_said(content: str, tmp_path: Path) -> None:
     index = tmp_path / "policy.safetensors.index.json"

@@ -35,7 +35,7 @@ PAIRS = 24
 class TinySource:
     """A tiny model of some family, made anew from its seed."""
 
-    def __init__(self, make: Callable[[], Any] = partial(tiny_llama, tied=True)) -> None:
+    def __init__(self, make: Callable[[], Any] = tiny_llama) -> None:
         self.make = make
 
     def prepare(self) -> None:

@@ -233,7 +233,11 @@ def test_a_file_of_pairs_needs_a_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "more", "expected"),
     [
-        ("dpo_vs_trl", ["--arms", "trl", "precomputed"], ["dpo_trl", "dpo_memory_over_leanest"]),
+        (
+            "dpo_vs_trl",
+            ["--arms", "trl", "precomputed"],
+            ["dpo_trl", "dpo_memory_longest_over_leanest"],
+        ),
         ("reward_vs_trl", [], ["reward_step", "reward_scores_tokens"]),
     ],
 )

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from tpmm_pl.data.batching import PairLoader, collate, fuse_loader
+from tpmm_pl.data.batching import PairLoader, collate, fuse_loader, split_to
 from tpmm_pl.data.packing import pad_tree
 from tpmm_pl.types import InputError, Pair, PairBatch
 
@@ -190,6 +190,33 @@ def test_ranks_get_as_many_pairs_and_nearly_as_many_tokens(
         sums = [sum(tokens[index] for index in share) for share in shares]
         each = [tokens[index] for index in used]
         assert max(sums) - min(sums) <= max(each) - min(each)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=8, max_size=24),
+    st.integers(2, 4),
+    st.integers(1, 120),
+)
+def test_ranks_cut_a_step_into_as_many_micro_batches(
+    lengths: list[tuple[int, int]], world_size: int, token_budget: int
+) -> None:
+    pairs = [pair(index, *counts) for index, counts in enumerate(lengths)]
+    made: dict[str, Any] = {"batch_size": 2, "seed": 1, "epoch": 0, "token_budget": token_budget}
+    ranks = [
+        [*PairLoader(pairs, rank=rank, world_size=world_size, **made)] for rank in range(world_size)
+    ]
+    for steps in zip(*ranks, strict=True):
+        assert len({len(step) for step in steps}) == 1
+        for step in steps:
+            assert all(len(micro.weight) for micro in step)
+            whole = [micro for micro in step if len(micro.weight) > 1]
+            assert all(len(micro.tree.tokens) <= token_budget for micro in whole)
+
+
+def test_parts_are_halved_until_there_are_enough() -> None:
+    assert split_to([[1, 2, 3, 4, 5], [6]], 2) == [[1, 2, 3, 4, 5], [6]]
+    assert split_to([[1, 2, 3, 4, 5], [6]], 4) == [[1, 2], [3], [4, 5], [6]]
 
 
 def test_fewer_pairs_than_processes_are_refused() -> None:

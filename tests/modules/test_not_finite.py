@@ -235,7 +235,7 @@ def test_a_scaler_leaves_steps_out_until_it_scales_no_more() -> None:
                 return super().training_step(batch, batch_idx)
 
         module, breaks = Counted(POLICY, FUSED), Breaks(0, 1, 2)
-        plugins = {"plugins": precision, "log_every_n_steps": 1}
+        plugins: dict[str, Any] = {"plugins": precision, "log_every_n_steps": 1}
         with pytest.raises(RunError, match="not finite in optimizer step"):
             fit(module, batch_size=2, others=[breaks], **plugins)
         return counts

@@ -236,8 +236,8 @@ def train() -> None:
         logger.error("the run failed", exc_info=True)
         if processes.is_loss(error):
             raise RunError(
-                "another process of this run has ended; remove the cause, which it has printed if it"
-                " could, and go on with --ckpt_path last"
+                "another process of this run has ended; remove the cause, which it has printed"
+                " if it could, and go on with --ckpt_path last"
             ) from error
         raise RunError(f"{type(error).__name__}: {error}") from error
 

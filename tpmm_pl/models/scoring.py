@@ -130,7 +130,8 @@ def _backbone_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear] | None:
     backbone = getattr(inner, "base_model", None)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     # nothing that an adapter or a quantised form has put around it
-    if backbone is None or backbone is inner or unsharded_type(head) is not nn.Linear:
+    linear = isinstance(head, nn.Linear) and unsharded_type(head) is nn.Linear
+    if backbone is None or backbone is inner or head is None or not linear:
         return None
     device = next(model.parameters()).device
     # not token 0: often the padding, whose zero embedding gives zero logits, capped or not

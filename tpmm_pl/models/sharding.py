@@ -50,8 +50,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     # a tied head has no weights of its own
     heads = [m for m in inner.children() if m is not backbone and set(m.parameters()) - shared]
     units = [*blocks, backbone] if backbone is inner else [*blocks, backbone, *heads]
+    data = mesh["data_parallel"]
     for unit in units:
-        fully_shard(unit, mesh=mesh["data_parallel"], reshard_after_forward=True, ignored_params=kept)
+        fully_shard(unit, mesh=data, reshard_after_forward=True, ignored_params=kept)
     _tie(model)
 
 

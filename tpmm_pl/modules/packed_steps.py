@@ -83,7 +83,7 @@ class PackedSteps:
                 f"out of memory at a micro-batch of {longest} tokens; lower data.token_budget or"
                 " data.max_length, or checkpoint the model's activations"
             ) from error
-        average_gradients(self)
+        average_gradients(self.trainer.lightning_module)
         left_out = not_finite(gradients(optimizer.optimizer))
         if self.gradient_clip_val:
             self._clip(optimizer, self.gradient_clip_val)
