@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
 _COLUMNS = ("accuracy", "margin", "calibration_error")
 _HEADS = ("accuracy", "margin", "calib.err")
@@ -22,15 +21,17 @@ class RewardEvaluation(Callback):
     def __init__(self) -> None:
         self.measured_step = -1
 
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         domains = domains_of(measured)
         if not domains or trainer.sanity_checking:
             return
-        if self.measured_step < 0:
-            print(table_header(domains))
+        begins = self.measured_step < 0
         self.measured_step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        if begins:
+            print(table_header(domains))
         # within a fit the counter is one behind, after it the epoch is counted
         epoch = trainer.current_epoch + (trainer.state.fn == TrainerFn.FITTING)
         print(table_row(epoch, trainer.global_step, measured), flush=True)

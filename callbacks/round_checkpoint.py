@@ -73,6 +73,7 @@ class FitCheckpoint(Checkpoint):
         shared = _writes_folder(trainer.strategy) and processes.is_first()
         with replacing_folder(path) if shared else nullcontext(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
+        processes.wait()  # a process that ends before has the others killed, by some launchers
         self.last_model_path = str(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -149,10 +150,17 @@ class RoundEvaluation(RoundCallback):
             return found
         judge = next(iter(answer.scores))
         opponents = {"sft": 0, "previous": context.round_index - 1}
-        for opponent, index in opponents.items():
-            if context.round_index > 0:
-                file = context.store.folder(index) / "scores.json"
+        for opponent, index in opponents.items() if context.round_index > 0 else ():
+            file = context.store.folder(index) / "scores.json"
+            try:
                 theirs = json.loads(file.read_text(encoding="utf-8"))[domain][judge]
+            except (OSError, ValueError, LookupError) as error:
+                warnings.warn(
+                    f"{file} cannot be read ({error!r}); round {context.round_index} has no win"
+                    f" rates against round {index}",
+                    stacklevel=2,
+                )
+            else:
                 found |= win_metrics(answer.scores[judge], theirs, opponent, domain)
         return found
 

@@ -121,6 +121,21 @@ def test_win_rates_are_those_of_the_written_scores(measured: RoundContext) -> No
         assert found == pytest.approx(sum(wins) / len(wins))
 
 
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_scores_that_cannot_be_read_cost_their_win_rates_only(
+    content: str | None, start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_round([evaluation()], context_of(tmp_path, start, 0, store=context.store))
+    file = context.store.folder(0) / "scores.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.warns(UserWarning, match=r"scores\.json cannot be read .* no win rates against"):
+        finish_round([evaluation()], context_of(tmp_path, start, 1, store=context.store))
+    metrics = context.store.record(1).metrics
+    assert "gold/in_domain" in metrics
+    assert not any(name.startswith("win/") for name in metrics)
+
+
 def test_held_out_pairs_are_labelled_by_gold_without_noise(measured: RoundContext) -> None:
     for domain in DOMAINS:
         pairs = read_pairs(measured.store.folder(0) / f"held_out_{domain}.parquet")

@@ -112,7 +112,7 @@ class RunFolder:
                 f"{self.root} holds this run, finished: nothing to do. To go on, {longer}"
                 "start over with --overwrite"
             )
-        self._take()
+        self.take()
         if ckpt_path is None and (rounds is not None or self.checkpoint.exists()):
             raise InputError(
                 f"{self.root} holds an unfinished run; go on with --ckpt_path last, or start "
@@ -128,7 +128,7 @@ class RunFolder:
         self._started_over = overwrite
         if not self._first:
             return
-        self._take()
+        self.take()
         if overwrite:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._move(self.root, self._replaced)
@@ -160,7 +160,12 @@ class RunFolder:
             return str(self.checkpoint) if there else None
         return ckpt_path
 
-    def _take(self) -> None:
+    def take(self) -> None:
+        """Lock the folder for this process, from its first process.
+
+        Raises:
+            InputError: If another run holds it, or it cannot be written.
+        """
         if not self._first:
             return
         refuse_unwritable(self.root)

@@ -94,7 +94,9 @@ class RunCLI(LightningCLI):
             # what data modules tell of their rows goes there
             self._scratch = TemporaryDirectory()
             settings.trainer.default_root_dir = self._scratch.name
-        elif not settings.overwrite:
+        elif settings.overwrite:
+            self._folder.take()
+        else:
             self._folder.check(self._written, ckpt_path=settings.ckpt_path, rounds=self._rounds)
 
     def before_fit(self) -> None:
