@@ -8,6 +8,7 @@ import pytest
 
 from tpmm_pl.files import (
     DiskError,
+    causes,
     disk_fault,
     file_sha256,
     inside,
@@ -168,3 +169,14 @@ def test_a_folder_to_be_made_is_as_writable_as_its_parent(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/run cannot be written \(.*file takes no files\)"):
         refuse_unwritable(tmp_path / "file" / "run")
+
+
+def test_what_led_to_an_error_is_told_once_also_in_a_ring() -> None:
+    first, second, third = ValueError("1"), KeyError("2"), OSError("3")
+    third.__cause__, second.__context__ = second, first
+    assert [*causes(third)] == [third, second, first]
+    first.__context__ = third
+    assert [*causes(third)] == [third, second, first]
+    second.__suppress_context__ = True
+    assert [*causes(third)] == [third, second]
+    assert [*causes(third, hidden=True)] == [third, second, first]

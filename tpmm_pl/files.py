@@ -29,8 +29,7 @@ def disk_fault(error: BaseException, path: Path | None = None) -> DiskError | No
         path: What was being written; where it is not known, a file that may not be opened is no
             fault of the disk.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, DiskError):
             return seen
         number = _number(seen)
@@ -39,8 +38,23 @@ def disk_fault(error: BaseException, path: Path | None = None) -> DiskError | No
         if number == errno.EROFS or (path is not None and number in _DENIED):
             place = path or getattr(seen, "filename", None)
             return _unwritten(number, place, "allow writing there")
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return None
+
+
+def causes(error: BaseException, *, hidden: bool = False) -> Iterator[BaseException]:
+    """Yield an error and what led to it, the last first, each once: chains can run in a ring.
+
+    Args:
+        error: Where to begin.
+        hidden: Also what ``raise .. from None`` hides.
+    """
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and not any(following is one for one in seen):
+        yield following
+        seen.append(following)
+        shown = hidden or not following.__suppress_context__
+        following = following.__cause__ or (following.__context__ if shown else None)
 
 
 def refuse_unwritable(folder: Path) -> None:

@@ -26,6 +26,7 @@ from tpmm_pl.commands.leftovers import remove_leftovers
 from tpmm_pl.commands.mistakes import sentence
 from tpmm_pl.commands.run_folder import RunFinishedError, RunFolder
 from tpmm_pl.data.rewards import RewardPairs
+from tpmm_pl.files import causes
 from tpmm_pl.modules.fusion import FusionWeights
 from tpmm_pl.modules.packed_steps import PackedSteps
 from tpmm_pl.report.figures import gold_proxy_figure
@@ -246,10 +247,7 @@ def train() -> None:
 
 def _mistake_behind(error: BaseException) -> InputError | None:
     # jsonargparse wraps what a constructor raises into its own account of the types it tried
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, InputError):
-        seen = seen.__cause__ or seen.__context__
-    return seen
+    return next((e for e in causes(error, hidden=True) if isinstance(e, InputError)), None)
 
 
 @rank_zero_only
