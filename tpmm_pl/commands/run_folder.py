@@ -34,6 +34,8 @@ _FREE = (
 )
 """Settings that may change without making another run of it."""
 _FREE_WHEN_UNFINISHED = (
+    "model.init_args.gradient_clip_val",
+    "model.init_args.skip_non_finite",
     "pairs.",
     "trainer.accelerator",
     "trainer.devices",
@@ -53,7 +55,7 @@ _RANKS = (
 )
 """What launchers set: the first process has 0 in each that there is."""
 
-_FILES = ("config.yaml", "data_report.json", "finished.json", "recipe.json", "run.log")
+_FILES = ("finished.json", "config.yaml", "data_report.json", "recipe.json", "run.log")
 
 
 class RunFinishedError(Exception):
@@ -225,7 +227,8 @@ class RunFolder:
         target.mkdir(parents=True, exist_ok=True)
         for name in _CONTENTS:
             shutil.rmtree(target / name, ignore_errors=True)
-        for name in (*_CONTENTS, *_FILES):
+        # the mark of a finished run first: without the rest it would be untrue
+        for name in (*_FILES, *_CONTENTS):
             if (source / name).exists():
                 (source / name).replace(target / name)
 

@@ -191,6 +191,10 @@ class PairLoader(DataLoader[Pair]):
             generator=generator,
         )
 
+    def rows_of(self, batch: int) -> list[int]:
+        """Return the rows of the table that this process trains on in a batch, in their order."""
+        return [row for part in self._batches.parts(batch) for row in part]
+
     def state_dict(self) -> dict[str, Any]:
         """Return how many batches were handed out, and of which order."""
         return {"yielded": self._batches.yielded, **self._identity}
@@ -269,16 +273,18 @@ class _Batches(Sampler[list[list[int]]]):
         # a generator: nothing happens before the first batch is asked for, so the iterators that
         # the Trainer makes and throws away do not use up the start
         start, self._start = self._start, 0
-        for count, batch in enumerate(self.batches[start:], start + 1):
+        for count in range(start + 1, len(self.batches) + 1):
             self.yielded = count
-            yield self._parts(batch)
+            yield self.parts(count - 1)
 
     def skip(self, count: int) -> None:
         # a finished epoch is not resumed: what comes is the next one, from its first batch
         self._start = self.yielded = count if count < len(self.batches) else 0
 
-    def _parts(self, batch: list[int]) -> list[list[int]]:
-        # as many on every rank: where weights are sharded, ranks run their passes together
+    def parts(self, number: int) -> list[list[int]]:
+        """Return the micro-batches of a batch, as many on every rank."""
+        # where weights are sharded, ranks run their passes together
+        batch = self.batches[number]
         lengths = sum(self._table.select(batch).lengths().values())
         shares = deal(batch, np.asarray(lengths), self._world_size)
         cuts = [[[share[place] for place in part] for part in self._cut(share)] for share in shares]

@@ -107,14 +107,8 @@ def _named(broken: Sequence[int], step: Step, loader: Any) -> str:
     pairs = "pair" if len(broken) == 1 else "pairs"
     names = [str(index) for index in broken]
     if isinstance(loader, PairLoader):
-        rows = _rows(loader, step.batch)
+        rows = loader.rows_of(step.batch)
         prompts = loader.dataset.table.column("prompt_id").tolist()  # type: ignore[attr-defined]
         names = [f"{rows[index]} (prompt {prompts[rows[index]]})" for index in broken]
     listed = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
     return f"{len(broken)} {pairs}, {'row' if len(broken) == 1 else 'rows'} {listed},"
-
-
-def _rows(loader: PairLoader, batch: int) -> list[int]:
-    # of the loader's table, in the order of the micro-batches
-    sampler: Any = loader.batch_sampler
-    return [row for part in sampler._parts(sampler.batches[batch]) for row in part]
