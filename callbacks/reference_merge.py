@@ -8,6 +8,8 @@ from math import isfinite
 from typing import Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
@@ -74,6 +76,18 @@ class ReferenceMerge(RoundCallback):
         self.guard_weight = guard_weight
         self.ship = ship
         self.ship_steps = ship_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy that would write over the next policy, before any round.
+
+        Raises:
+            InputError: Naming the way out.
+        """
+        if self.next_policy == "merge" and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise InputError(
+                "DeepSpeed trains weights of its own, which would write over a merge; set"
+                " reference.next_policy to last, or use configs/overlays/fsdp2.yaml"
+            )
 
     def stages(self) -> dict[str, Stage]:
         """Return the stages that make the reference, set the next policy and prepare shipping."""

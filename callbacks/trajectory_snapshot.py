@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from tpmm_pl.callbacks.model_export import KL_TO_START, ModelExport, best_round
 from tpmm_pl.callbacks.reference_merge import ReferenceMerge
@@ -56,11 +57,17 @@ class TrajectorySnapshot(RoundCallback):
                 raise InputError(f"snapshot.start_from: no folder {folder}; check the path")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what needs snapshots that are not kept, before any round.
+        """Refuse what needs snapshots that are not kept, and weights in pieces, before any round.
 
         Raises:
             InputError: Naming the settings that do not go together.
         """
+        flat = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy)
+        if flat and trainer.world_size > 1:
+            raise InputError(
+                f"snapshots need whole tensors, and {type(trainer.strategy).__name__} may hold flat"
+                " pieces of them; use configs/overlays/fsdp2.yaml, or ddp.yaml"
+            )
         if self.keep_last is not None:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if (needed := self._not_kept(callback, self.keep_last)) is not None:

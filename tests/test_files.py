@@ -80,6 +80,15 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["folder"]
 
 
+def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "last.ckpt"
+    out.write_text("of one process")
+    for number in range(2):
+        with replacing_folder(out) as beside:
+            (beside / str(number)).write_text("of several")
+    assert [path.name for path in tmp_path.rglob("*")] == ["last.ckpt", "1"]
+
+
 @pytest.mark.parametrize(
     ("number", "way_out"),
     [

@@ -37,7 +37,9 @@ def billion_llama() -> LlamaForCausalLM:
         eos_token_id=EOS,
         dtype="bfloat16",
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+    model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    return model
 
 
 def fit(

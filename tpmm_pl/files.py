@@ -119,7 +119,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder beside ``path`` to fill; on success it takes the place of ``path``.
 
     Args:
-        path: The folder to make or replace; missing parents are made.
+        path: The folder to make, or what to replace by it; missing parents are made.
 
     Yields:
         The folder to fill. It is removed again when the block raises, and ``path`` is kept.
@@ -148,6 +148,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if replaced.is_file():
+            replaced.unlink()
         shutil.rmtree(replaced, ignore_errors=True)
 
 

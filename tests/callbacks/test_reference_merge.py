@@ -4,9 +4,13 @@ import json
 import shutil
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from tests.callbacks.letters_run import (
     FUSION,
@@ -265,3 +269,10 @@ def test_learning_without_held_out_pairs_is_refused_before_the_first_round(
 def test_a_learned_fit_for_shipping_needs_steps() -> None:
     with pytest.raises(InputError, match="ship: learned needs ship_steps above 0"):
         ReferenceMerge("uniform", ship="learned", ship_steps=0)
+
+
+def test_no_merge_is_handed_to_a_strategy_that_would_write_over_it() -> None:
+    trainer: Any = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy))
+    with pytest.raises(InputError, match=r"set reference\.next_policy to last"):
+        ReferenceMerge("learned").setup(trainer, LightningModule(), "fit")
+    ReferenceMerge("learned", next_policy="last").setup(trainer, LightningModule(), "fit")

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from tests.callbacks.letters_run import FUSION, context_of, fit, letters_pairs
+from tpmm_pl import processes
 from tpmm_pl.callbacks import ReferenceMerge, RoundCheckpoint, TrajectorySnapshot
-from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
+from tpmm_pl.callbacks.round_checkpoint import CHECKPOINT, AtomicCheckpointIO
 from tpmm_pl.toy.start import LettersPolicy
 from tpmm_pl.trajectory import TrajectoryStore
 from tpmm_pl.types import RunError
@@ -78,6 +81,21 @@ def test_nothing_is_written_before_the_first_round(start: LettersPolicy, tmp_pat
     context = context_of(tmp_path, start, trainer=object())
     RoundCheckpoint().save(context)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_no_process_goes_on_before_the_checkpoint_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(folder: Path, weights_only: bool) -> None:
+        (folder / "part").write_text("of a process")
+
+    there: list[bool] = []
+    monkeypatch.setattr(processes, "wait", lambda: there.append((tmp_path / CHECKPOINT).is_dir()))
+    trainer: Any = SimpleNamespace(
+        default_root_dir=tmp_path, strategy=ModelParallelStrategy(), save_checkpoint=save
+    )
+    RoundCheckpoint().write(trainer)
+    assert there == [True]
 
 
 def test_a_checkpoint_that_fails_leaves_the_older_one(

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from peft import PeftModel
 
 from tests.callbacks.letters_run import FUSION, Fixed, context_of, fit, letters_pairs
@@ -187,3 +189,12 @@ def test_a_dropped_adapter_is_deleted(tmp_path: Path) -> None:
         )
     found = [(store.folder(index) / "adapter").exists() for index in range(3)]
     assert found == [True, False, True]
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_hold_pieces_of_tensors_are_refused(strategy: type) -> None:
+    trainer: Any = SimpleNamespace(strategy=object.__new__(strategy), world_size=2, callbacks=[])
+    with pytest.raises(InputError, match=r"need whole tensors, .*fsdp2\.yaml"):
+        TrajectorySnapshot().setup(trainer, LightningModule(), "fit")
+    trainer.world_size = 1
+    TrajectorySnapshot().setup(trainer, LightningModule(), "fit")

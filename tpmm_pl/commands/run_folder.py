@@ -34,6 +34,7 @@ _FREE = (
 )
 """Settings that may change without making another run of it."""
 _FREE_WHEN_UNFINISHED = (
+    "data.init_args.batch_size",
     "model.init_args.gradient_clip_val",
     "model.init_args.skip_non_finite",
     "pairs.",
