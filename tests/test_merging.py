@@ -14,6 +14,7 @@ from tpmm_pl.merging import (
     check_grouping,
     grouped_merge,
     linear_merge,
+    slerp_coefficients,
     weighted_sum,
 )
 from tpmm_pl.types import InputError, StateDict
@@ -211,3 +212,37 @@ def test_an_unknown_grouping_names_the_nearest() -> None:
         check_grouping("layers")
     with pytest.raises(InputError, match="unknown group"):
         assign_groups(["w"], "layers")
+
+
+def test_a_divided_sum_is_the_sum_divided() -> None:
+    tensors = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
+    found = weighted_sum(tensors, [2.0, 3.0], torch.empty(2), divisor=5.0)
+    # 11 / 5, 22 / 5
+    assert torch.equal(found, torch.tensor([2.2, 4.4]))
+
+
+def test_half_of_a_right_angle_weighs_both_by_its_sine() -> None:
+    first, second = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.5])
+    assert slerp_coefficients(first, second, 0.5) == pytest.approx((0.5**0.5, 0.5**0.5))
+    assert slerp_coefficients(first, second, 1 / 3) == pytest.approx((0.75**0.5, 0.5))
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_the_ends_of_the_arc_are_the_tensors(t: float) -> None:
+    first, second = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    assert slerp_coefficients(first, second, t) == (1 - t, t)
+
+
+def test_the_arc_between_tensors_of_one_length_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "CHUNK", 7)
+    first, second = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(0)).double()
+    first, second = first / first.norm(), second / second.norm()
+    for t in (0.1, 0.7):
+        a, b = slerp_coefficients(first, second, t)
+        assert float((a * first + b * second).norm()) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0001, -2.0, 0.0])
+def test_tensors_in_one_line_are_merged_along_it(scale: float) -> None:
+    first = torch.tensor([1.0, 2.0])
+    assert slerp_coefficients(first, scale * first, 0.25) == (0.75, 0.25)

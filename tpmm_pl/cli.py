@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, get_origin, get_type_hints
 
 
 class Command(NamedTuple):
@@ -29,6 +29,12 @@ COMMANDS = {
         {"run": "folder of a run whose fit waits for completions"},
         "sample and judge a part of a round's completions, as a job of its own",
     ),
+    "merge": Command(
+        "merge",
+        "merge_models",
+        {"sources": "folders or hub ids of models of one architecture, or the folder of one run"},
+        "merge checkpoints of any trainer, or a run's snapshots, into one model",
+    ),
     "upcycle": Command(
         "upcycle",
         "upcycle_model",
@@ -41,11 +47,20 @@ COMMANDS = {
         {"directory": "mixture of experts, as `tpmm upcycle` and its training write it"},
         "merge a mixture of experts into a dense reward model",
     ),
+    "report": Command(
+        "report",
+        "report_runs",
+        {"runs": "run folders, or folders of runs; those that differ only in the seed are one arm"},
+        "show runs on one page: curves, over-optimisation, coefficients, samples",
+    ),
 }
 _SWITCHES = {
     "overwrite": "replace what is at --out",
     "json": "print one JSON object and nothing else",
+    "normalize": "divide the merge by the sum of the weights",
+    "trust_remote_code": "run code that comes with a model",
 }
+"""Settings that are on where they are named, of the commands that have them."""
 
 _HELP = """usage: tpmm COMMAND [options]
 
@@ -108,11 +123,14 @@ def _call(function: Callable[..., None], command: Command, arguments: list[str])
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"tpmm {arguments[0]}", description=command.does)
+    kinds = get_type_hints(function)
     for name, text in command.positional.items():
-        parser.add_argument(name, type=str, help=text)
-    for name, text in _SWITCHES.items():
+        several = "+" if get_origin(kinds[name]) is list else None
+        parser.add_argument(name, type=str, nargs=several, help=text)
+    switches = {name: text for name, text in _SWITCHES.items() if name in kinds}
+    for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    handled: set[str | int] = {*command.positional, *_SWITCHES}
+    handled: set[str | int] = {*command.positional, *switches}
     parser.add_function_arguments(function, as_group=False, as_positional=False, skip=handled)
     settings = parser.instantiate_classes(parser.parse_args(_underscored(arguments[1:])))
     function(**vars(settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import acos, sin
 
 import torch
 from torch import Tensor
@@ -14,8 +15,14 @@ CHUNK = 1 << 18
 """Elements summed at a time: the running sum stays in the processor's cache."""
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    r"""Write :math:`\sum_k w_k x_k` into ``out``, summed in float32 or wider and cast once.
+PARALLEL = 0.9995
+"""Cosine from which on the arc between two tensors is a straight line."""
+
+
+def weighted_sum(
+    tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor, *, divisor: float = 1.0
+) -> Tensor:
+    r"""Write :math:`\sum_k w_k x_k / d` into ``out``, summed in float32 or wider and cast once.
 
     Terms of weight 0 are not read, and a weight of 1 multiplies exactly, so one-hot weights
     copy a source bit for bit.
@@ -24,6 +31,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tenso
         tensors: K tensors of the shape of ``out``, any float dtype, any device.
         weights: K numbers, used as given.
         out: Receives the sum in its own dtype; contiguous.
+        divisor: :math:`d`, of the whole sum.
 
     Returns:
         ``out``.
@@ -38,8 +46,37 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tenso
         for tensor, weight in used:
             source = tensor[start : start + CHUNK].to(piece.device, wide)
             total.add_(source, alpha=weight)
+        if divisor != 1.0:
+            total.div_(divisor)
         piece.copy_(total)
     return out
+
+
+def slerp_coefficients(first: Tensor, second: Tensor, t: float) -> tuple[float, float]:
+    r"""Return the weights of two tensors at ``t`` of the arc between their directions.
+
+    .. math:: \frac{\sin((1 - t)\Omega)}{\sin\Omega}, \frac{\sin(t\Omega)}{\sin\Omega}
+
+    (Shoemake 1985); :math:`\Omega` is the angle between the tensors as vectors. Where they are
+    nearly parallel or opposite, or one is zero, ``1 - t`` and ``t``.
+
+    Args:
+        first: Of any shape and float dtype.
+        second: Of the same shape.
+        t: 0 is the first, 1 the second.
+    """
+    a, b = first.detach().reshape(-1), second.detach().reshape(-1)
+    dot = square_a = square_b = 0.0
+    for start in range(0, a.numel(), CHUNK):
+        x, y = (tensor[start : start + CHUNK].double() for tensor in (a, b))
+        dot += float(x @ y)
+        square_a += float(x @ x)
+        square_b += float(y @ y)
+    lengths = (square_a * square_b) ** 0.5
+    if not lengths or abs(dot) > PARALLEL * lengths:
+        return 1 - t, t
+    angle = acos(dot / lengths)
+    return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
 
 
 def linear_merge(states: Sequence[StateDict], weights: Tensor) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tpmm_pl.report.runs import STRATEGY, Run
 _SHOWN = 3
 """Differing settings in the name of an arm."""
 _LONGEST = 28
+_SEED_FOLDER = re.compile(r"seed_\d+")
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,15 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     """Group runs by all of their configuration but the seed, in the order they come in.
 
     A second run of one configuration and seed opens another arm: it is no further seed. An arm is
-    named by the strategy of its reference, and by settings that are not those of most runs.
+    named by its folder where runs are in ``ARM/seed_N``; else by the strategy of its reference and
+    by settings that are not those of most arms.
     """
     groups: dict[tuple[str, int], list[Run]] = {}
     repeats: Counter[tuple[str, int | None]] = Counter()
     for run in runs:
         groups.setdefault((run.identity, repeats[run.identity, run.seed]), []).append(run)
         repeats[run.identity, run.seed] += 1
-    names = _names([members[0] for members in groups.values()])
+    names = _names(list(groups.values()))
     return [Arm(name, tuple(g)) for name, g in zip(names, groups.values(), strict=True)]
 
 
@@ -61,19 +64,38 @@ def baseline(arms: Sequence[Arm]) -> Arm:
     return next((arm for arm in arms if arm.name == "last"), arms[0])
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    folders = [{run.path.resolve().parent.name for run in group} for group in groups]
+    named = [next(iter(names)) for names in folders if len(names) == 1]
+    seeded = all(_SEED_FOLDER.fullmatch(run.path.name) for group in groups for run in group)
+    if seeded and len(set(named)) == len(groups):
+        return named
+    names: list[str] = []
+    for name in _said([group[0] for group in groups]):
+        taken = sum(one == name or one.startswith(f"{name} (") for one in names)
+        names.append(f"{name} ({taken + 1})" if taken else name)
+    return names
+
+
+def _said(runs: Sequence[Run]) -> list[str]:
     differing = {k: v for k, v in _differing(runs).items() if k != STRATEGY}
-    usual = {k: Counter(map(_short, values)).most_common(1)[0][0] for k, values in differing.items()}
-    found: list[str] = []
+    shown = {name: [_short(value) for value in values] for name, values in differing.items()}
+    usual = {name: Counter(values).most_common(1)[0][0] for name, values in shown.items()}
+    names = []
     for index, run in enumerate(runs):
-        values = {k.rpartition(".")[2]: _short(v[index]) for k, v in differing.items()
-                  if _short(v[index]) != usual[k]}  # fmt: skip
-        said = [f"{key.replace('_', ' ')} {value}" for key, value in values.items()]
+        said = {_leaf(k, v[index]): None for k, v in shown.items()
+                if v[index] not in (usual[k], "null") and run.config}  # fmt: skip
         more = [f"{len(said) - _SHOWN} more"] if len(said) > _SHOWN else []
-        name = ", ".join([_strategy(run), *said[:_SHOWN], *more])
-        taken = sum(one == name or one.startswith(f"{name} (") for one in found)
-        found.append(f"{name} ({taken + 1})" if taken else name)
-    return found
+        names.append(", ".join([_strategy(run), *list(said)[:_SHOWN], *more]))
+    return names
+
+
+def _leaf(name: str, value: str) -> str:
+    *_, owner, leaf = name.rsplit(".", 2) if "." in name else ("", "", name)
+    if leaf == "class_path":
+        return value
+    leaf = f"{owner} {leaf}" if leaf.isdigit() else leaf
+    return f"{leaf.replace('_', ' ')} {value}"
 
 
 def _strategy(run: Run) -> str:
@@ -99,4 +121,4 @@ def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     # the end of a path or of a class tells more than its beginning
     text = text.rpartition(".")[2] if text.startswith("tpmm_pl.") else text
-    return text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST:]}"
+    return text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"

@@ -14,6 +14,8 @@ from tpmm_pl.stats import Estimate
 
 KL = "kl/policy_sft"
 _Z = 1.959964
+_AWAY = 1e-2
+"""Square roots of nats; what is nearer is the start, but for rounding."""
 _POINTS = 200
 """Of a curve over optimizer steps; longer ones are averaged in blocks."""
 
@@ -47,17 +49,14 @@ def round_curve(runs: Sequence[Run], metric: str) -> Curve | None:
         largest of them; of a single run in its 95 % interval over prompts, where that is known.
         ``None`` where no run measured it.
     """
-    found: dict[int, list[Estimate]] = {}
-    for run in runs:
-        for record in run.records:
-            if metric in record.metrics:
-                found.setdefault(record.round, []).append(interval(run, record.round, metric))
-    if not found:
+    known = {record.round for run in runs for record in run.records if metric in record.metrics}
+    if not known:
         return None
-    rounds = sorted(found)
-    spans = [_span(found[index], alone=len(runs) == 1) for index in rounds]
-    mean, low, high = (list(values) for values in zip(*spans, strict=True))
-    return Curve([float(index) for index in rounds], mean, low, high)
+    rounds = sorted(known)
+    if len(runs) == 1:
+        return _curve(rounds, [interval(runs[0], index, metric) for index in rounds])
+    found = [[run.metrics(index).get(metric) for run in runs] for index in rounds]
+    return _curve(rounds, [_span([v for v in values if v is not None]) for values in found])
 
 
 def interval(run: Run, round_index: int, metric: str) -> Estimate:
@@ -80,19 +79,18 @@ def step_curve(series: Sequence[dict[int, float]]) -> Curve:
     """
     steps = sorted({step for values in series for step in values})
     size = -(-len(steps) // _POINTS)
-    spans, centres = [], []
+    spans: list[Estimate] = []
+    centres: list[float] = []
     for start in range(0, len(steps), size):
         block = steps[start : start + size]
         found = [[values[s] for s in block if s in values] for values in series]
-        means = [fmean(values) for values in found if values]
+        spans.append(_span([fmean(values) for values in found if values]))
         centres.append(fmean(block))
-        spans.append(Estimate(fmean(means), min(means), max(means)))
-    mean, low, high = (list(values) for values in zip(*spans, strict=True))
-    return Curve(centres, mean, low, high)
+    return _curve(centres, spans)
 
 
 class OverOptimisation(NamedTuple):
-    r"""A score against the distance to the start (Gao et al. 2022, eq. 2, their fit of RL).
+    r"""A score against the distance to the start (Gao et al. 2022, their form for RL).
 
     .. math:: R(d) = R_0 + d\,(\alpha - \beta \log d), \quad d = \sqrt{KL(\pi \| \pi_0)}
     """
@@ -103,8 +101,9 @@ class OverOptimisation(NamedTuple):
     beta: float
     r2: float
     """Share of the scores' variance that the curve explains."""
+    nearest: float
+    """Smallest distance among the points but the start's, in square roots of nats."""
     furthest: float
-    """Largest distance among the points, in square roots of nats."""
 
     def __call__(self, distance: float) -> float:
         """Return the score at a distance in square roots of nats."""
@@ -114,10 +113,11 @@ class OverOptimisation(NamedTuple):
 
     @property
     def peak(self) -> float | None:
-        """The distance with the highest score; ``None`` if that is not among the points."""
-        if self.beta <= 0 or self.alpha / self.beta - 1 > log(self.furthest):
+        """The distance with the highest score; ``None`` if that is not among the points'."""
+        if self.beta <= 0:
             return None
-        return exp(self.alpha / self.beta - 1)
+        peak = self.alpha / self.beta - 1
+        return exp(peak) if log(self.nearest) <= peak <= log(self.furthest) else None
 
 
 def distances(runs: Sequence[Run], metric: str) -> list[tuple[float, float]]:
@@ -153,7 +153,7 @@ def fit_over_optimisation(
         The fit; ``None`` for fewer than three points away from the start, or if they do not differ
         in distance.
     """
-    away = [(d, score) for d, score in points if d > 0]
+    away = [(d, score) for d, score in points if d > _AWAY]
     if len(away) < 3 or away[0][0] == away[-1][0]:
         return None
     d, score = torch.tensor(away, dtype=torch.float64).unbind(-1)
@@ -163,13 +163,15 @@ def fit_over_optimisation(
     total = (score - score.mean()).square().sum()
     r2 = float(1 - left / total) if total > 0 else 1.0
     alpha, beta = solution[:, 0].tolist()
-    return OverOptimisation(start, alpha, beta, r2, float(d.max()))
+    return OverOptimisation(start, alpha, beta, r2, float(d.min()), float(d.max()))
 
 
-def _span(found: Sequence[Estimate], *, alone: bool) -> Estimate:
-    if alone:
-        return found[0]
-    values = [estimate.value for estimate in found]
+def _curve(x: Sequence[float], spans: Sequence[Estimate]) -> Curve:
+    mean, low, high = (list(values) for values in zip(*spans, strict=True))
+    return Curve([float(place) for place in x], mean, low, high)
+
+
+def _span(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), min(values), max(values))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tpmm_pl.trajectory import Record, TrajectoryStore
+from tpmm_pl.trajectory import DROPPED, Record, TrajectoryStore
 from tpmm_pl.types import InputError
 
 SEED = "seed_everything"
@@ -71,13 +71,14 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings that make the method what it is, by dotted name; the seed is not among."""
-        own = f"seed_{self.seed}"
-        found = {
-            name: value.replace(own, "seed_*") if isinstance(value, str) else value
-            for name, value in _flat(self.config).items()
+        # a reward model at rewards/seed_3 is the seed's too
+        text = re.sub(rf"seed_{self.seed}(?!\d)", "seed_*", json.dumps(self.config))
+        return {
+            name: value
+            for name, value in _flat(json.loads(text)).items()
             if name != SEED and not name.startswith(_NOT_THE_METHOD)
+            if not name.endswith(".cache_dir")
         }
-        return {name: value for name, value in found.items() if not name.endswith(".cache_dir")}
 
     @property
     def identity(self) -> str:
@@ -103,7 +104,9 @@ class Run:
         try:
             found: dict[str, dict[str, list[float]]] = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{file} cannot be read ({error}); delete it and report again") from error
+            raise InputError(
+                f"{file} cannot be read ({error}); delete it and report again"
+            ) from error
         return found
 
 
@@ -128,16 +131,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def notes(runs: Sequence[Run]) -> list[str]:
     """Return what a reader must know of runs: which are unfinished, what was noted in them."""
     found = [
-        f"{run.path} is unfinished: it has {run.reached} of {run.planned} rounds."
+        f"{run.path} is unfinished: it has {run.reached} of {run.planned} rounds"
         for run in runs
         if run.planned is not None and run.reached < run.planned
     ]
-    return found + [
-        f"{run.path}, round {record.round}: {text}"
-        for run in runs
-        for record in run.records
-        for text in record.notes.values()
-    ]
+    noted: dict[str, list[str]] = {}
+    for run in runs:
+        for record in run.records:
+            for text in (text for name, text in record.notes.items() if name != DROPPED):
+                noted.setdefault(text, []).append(f"{run.path}, round {record.round}")
+    for text, (first, *others) in noted.items():
+        found.append(f"{first}{f' and {len(others)} more' if others else ''}: {text}")
+    return found
 
 
 def _folders(path: Path) -> list[Path]:
