@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tpmm_pl import processes
 from tpmm_pl.moe.routing import Routing
 from tpmm_pl.types import InputError
 
@@ -23,6 +24,9 @@ class HasRoutings(Protocol):
 
 class ExpertUsage(Callback):
     """Logs load, gate entropy and imbalance of every layer, and warns of experts that are dead.
+
+    Of several processes the first logs what its own share of a step has used; an expert is dead
+    where no process has given it a token.
 
     Names are ``experts/<layer>/load_<expert>`` (share of the routed assignments, 1 / experts when
     even), ``experts/<layer>/load_cv`` (its coefficient of variation, 0 when even) and
@@ -78,7 +82,7 @@ class ExpertUsage(Callback):
         found = [
             (layer, expert)
             for layer, counts in self._counts.items()
-            for expert in (counts == 0).nonzero().flatten().tolist()
+            for expert in (processes.mean(counts.double()) == 0).nonzero().flatten().tolist()
         ]
         new = [place for place in found if place not in self._warned]
         self._warned |= set(new)

@@ -115,7 +115,8 @@ class ModelExport(RoundCallback):
         error = materialise_cut(policy, context.store, recipe, None if rank == "policy" else rank)
         context.forget()
         cut = policy.peft_config[str(policy.active_adapter)].r  # type: ignore[attr-defined]
-        print(f"export/merged: cut to rank {cut}, relative error {error:.1e}", flush=True)
+        if processes.is_first():
+            print(f"export/merged: cut to rank {cut}, relative error {error:.1e}", flush=True)
         known = {"adapter rank": cut, "relative error of the rank": f"{error:.1e}"}
         return known | {"metrics measured": "before the cut to that rank"}
 

@@ -70,7 +70,7 @@ class FitCheckpoint(Checkpoint):
         """Write the checkpoint now; all processes do so together."""
         path = checkpoint_path(trainer)
         # a folder that processes share: the strategy takes the first one's path for all
-        shared = _writes_folder(trainer.strategy) and processes.is_first()
+        shared = writes_folder(trainer.strategy) and processes.is_first()
         with replacing_folder(path) if shared else nullcontext(path) as beside:
             trainer.save_checkpoint(beside, weights_only=False)
         processes.wait()  # a process that ends before has the others killed, by some launchers
@@ -112,7 +112,8 @@ def checkpoint_path(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / CHECKPOINT
 
 
-def _writes_folder(strategy: Strategy) -> bool:
+def writes_folder(strategy: Strategy) -> bool:
+    """Tell whether a strategy's checkpoint is a folder, a part from each process."""
     if isinstance(strategy, ModelParallelStrategy):
         return strategy._save_distributed_checkpoint
     if isinstance(strategy, FSDPStrategy):

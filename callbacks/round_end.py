@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.optim import SGD, Adadelta, Adam, Adamax, RAdam, RMSprop
 
 from tpmm_pl import processes
 from tpmm_pl.callbacks.round_context import RoundContext, Stage
@@ -241,6 +242,10 @@ def _begin_after(trainer: Trainer, pl_module: LightningModule, given: int) -> No
     progress.ready = progress.started = progress.processed = progress.completed = epochs
 
 
+_BEGIN_AT_ZERO = (Adam, Adamax, RAdam, RMSprop, Adadelta, SGD)
+"""Optimizers whose state is all zeros before the first step; AdamW is an Adam."""
+
+
 def _of_another_run(store: TrajectoryStore) -> InputError:
     return InputError(
         f"{store.root} holds the trajectory of another run; resume that run from its "
@@ -254,12 +259,20 @@ def reset_optimizer(optimizer: torch.optim.Optimizer, *, in_place: bool = False)
     Args:
         optimizer: What to reset.
         in_place: Fill its state with zeros, as checkpoints of a sharded model need it: where there
-            is no state they take a step to make it, and that step counts. Right for optimizers
-            whose state begins at zero, as Adam's does.
+            is no state they take a step to make it, and that step counts.
+
+    Raises:
+        InputError: If it is to be filled, and may not begin at zero.
     """
     if not in_place:
         optimizer.state.clear()
         return
+    if not isinstance(optimizer, _BEGIN_AT_ZERO):
+        names = ", ".join(kind.__name__ for kind in _BEGIN_AT_ZERO)
+        raise InputError(
+            f"{type(optimizer).__name__} cannot start afresh on sharded weights after a round; use"
+            f" one of {names}, or the strategy ddp"
+        )
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):

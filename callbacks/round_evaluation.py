@@ -25,7 +25,7 @@ from tpmm_pl.noise import LabelNoise
 from tpmm_pl.pairing import pair_completions
 from tpmm_pl.rollouts import sample_shared
 from tpmm_pl.rounds import one_hot
-from tpmm_pl.types import Judge, Pair, PairLogps, Prompt, Recipe
+from tpmm_pl.types import Completion, InputError, Judge, Pair, PairLogps, Prompt, Recipe
 
 Contenders = dict[str, Recipe]
 
@@ -137,12 +137,11 @@ class RoundEvaluation(RoundCallback):
                 batch_size=self.batch_size,
                 title=f"round {context.round_index}: evaluating {domain}",
             )
+        return Answers(completions, {name: self._judged(name, completions) for name in self.judges})
+
+    def _judged(self, name: str, completions: Sequence[Completion]) -> list[float]:
         mine = processes.share(completions)
-        scores = {
-            name: processes.gathered(judge(mine) if mine else [])
-            for name, judge in self.judges.items()
-        }
-        return Answers(completions, scores)
+        return processes.gathered(self.judges[name](mine) if mine else [])
 
     def _wins(self, context: RoundContext, answer: Answers, domain: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -166,8 +165,7 @@ class RoundEvaluation(RoundCallback):
 
     def _accuracies(self, context: RoundContext, contenders: Contenders) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        files = sorted(context.store.folder(0).glob("held_out_*.parquet"))
-        pairs = {file.stem.removeprefix("held_out_"): read_pairs(file) for file in files}
+        pairs = self._held_out_pairs(context)
         for prefix, recipe in contenders.items():
             for domain, known in pairs.items():
                 context.load(recipe)
@@ -175,6 +173,24 @@ class RoundEvaluation(RoundCallback):
                 found = accuracy_metrics(known, logps, domain)
                 metrics |= {f"{prefix}{name}": value for name, value in found.items()}
         return metrics
+
+    def _held_out_pairs(self, context: RoundContext) -> dict[str, Sequence[Pair]]:
+        folder, data = context.store.folder(0), context.data
+        written = {f.stem.removeprefix("held_out_") for f in folder.glob("held_out_*.parquet")}
+        given = data.eval_pairs() or (data.eval_prompts() if "gold" in self.judges else {})
+        pairs: dict[str, Sequence[Pair]] = {}
+        for domain in sorted(written | {domain for domain, some in given.items() if some}):
+            file = folder / f"held_out_{domain}.parquet"
+            try:
+                pairs[domain] = read_pairs(file)
+            except InputError:
+                # no round makes it again: without the round, the text is the same and shown once
+                warnings.warn(
+                    f"no held-out pairs can be read in {file}; accuracies of {domain} are left"
+                    " out for as long as that is so",
+                    stacklevel=2,
+                )
+        return pairs
 
     def _write_held_out_pairs(self, context: RoundContext) -> None:
         context.load(one_hot(0))
@@ -198,7 +214,7 @@ class RoundEvaluation(RoundCallback):
                 )  # fmt: skip
             pairs[domain] = pair_completions(
                 completions,
-                self.judges["gold"](completions),
+                self._judged("gold", completions),
                 method="best_worst",
                 noise=LabelNoise(),
                 generator=context.generator("held_out"),

@@ -66,6 +66,9 @@ class StopSignals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        every = trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        if processes.count() > 1 and batch_idx % every and not trainer.is_last_batch:
+            return  # asking each other waits for the device
         if _asked_anywhere():
             # Lightning acts on it when all hooks of the batch, or of the epoch's end, have run
             trainer._signal_connector.received_sigterm = True

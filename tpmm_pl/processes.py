@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from tpmm_pl.types import InputError, RunError
+
 T = TypeVar("T")
 
 
@@ -64,7 +66,8 @@ def from_first(make: Callable[[], T]) -> T:
     """Have the first process make something; return it on every process.
 
     Raises:
-        Exception: What ``make`` raises there, on every process.
+        InputError: What ``make`` raises there, on every process.
+        RunError: The same, or another exception's account where there are several processes.
     """
     if not _together():
         return make()
@@ -73,7 +76,9 @@ def from_first(make: Callable[[], T]) -> T:
         try:
             result[0] = make()
         except Exception as error:
-            result[1] = error
+            # an exception of another library may not bear the way
+            ours = isinstance(error, InputError | RunError)
+            result[1] = error if ours else RunError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
         raise result[1]
@@ -83,12 +88,12 @@ def from_first(make: Callable[[], T]) -> T:
 
 def mean(tensor: Tensor) -> Tensor:
     """Return the mean of all processes' tensors of one shape, on the device of the one given."""
-    if not _together():
-        return tensor
-    # NCCL adds up nothing that is not on a GPU
-    total = tensor.cuda() if "nccl" in dist.get_backend() else tensor.clone()
-    dist.all_reduce(total)
-    return (total / count()).to(tensor.device)
+    return _reduced(tensor, dist.ReduceOp.SUM) / count() if _together() else tensor
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """Return the elementwise maximum of all processes' tensors of one shape."""
+    return _reduced(tensor, dist.ReduceOp.MAX)
 
 
 def is_loss(error: BaseException) -> bool:
@@ -100,3 +105,12 @@ def is_loss(error: BaseException) -> bool:
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+    if not _together():
+        return tensor
+    # NCCL reduces nothing that is not on a GPU
+    total = tensor.cuda() if "nccl" in dist.get_backend() else tensor.clone()
+    dist.all_reduce(total, operation)
+    return total.to(tensor.device)

@@ -305,3 +305,28 @@ def test_random_draws_are_named_by_seed_round_and_stage(
     assert context.key("pairs") == "7/3/pairs"
     draws = [torch.rand(1, generator=context.generator(stage)) for stage in ("a", "a", "b")]
     assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_an_optimizer_filled_with_zeros_steps_as_a_new_one(
+    kind: type[torch.optim.Optimizer],
+) -> None:
+    def stepped(reset: bool) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = kind([weight], lr=0.1)  # type: ignore[call-arg]
+        if reset:
+            weight.grad = torch.tensor([3.0, 4.0])
+            optimizer.step()
+            reset_optimizer(optimizer, in_place=True)
+            weight.data.copy_(torch.tensor([1.0, -2.0]))
+        weight.grad = torch.tensor([0.5, -1.0])
+        optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(stepped(True), stepped(False))
+
+
+def test_an_optimizer_that_does_not_begin_at_zero_is_not_filled() -> None:
+    optimizer = torch.optim.NAdam([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(InputError, match=r"^NAdam cannot start afresh on sharded weights"):
+        reset_optimizer(optimizer, in_place=True)

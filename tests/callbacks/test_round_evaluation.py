@@ -136,6 +136,23 @@ def test_scores_that_cannot_be_read_cost_their_win_rates_only(
     assert not any(name.startswith("win/") for name in metrics)
 
 
+@pytest.mark.parametrize("content", [None, "PAR1"])
+def test_held_out_pairs_that_cannot_be_read_cost_their_domains_accuracy_only(
+    content: str | None, start: LettersPolicy, tmp_path: Path
+) -> None:
+    context = snapshots(tmp_path, start, 1)
+    finish_round([evaluation()], context_of(tmp_path, start, 0, store=context.store))
+    file = context.store.folder(0) / "held_out_in_domain.parquet"
+    file.unlink() if content is None else file.write_text(content)
+    sentence = r"no held-out pairs .*held_out_in_domain\.parquet; accuracies of in_domain are left"
+    with pytest.warns(UserWarning, match=sentence) as told:
+        finish_round([evaluation()], context_of(tmp_path, start, 1, store=context.store))
+    assert len(told) == 1
+    metrics = context.store.record(1).metrics
+    assert "accuracy/out_of_domain" in metrics
+    assert "accuracy/in_domain" not in metrics
+
+
 def test_held_out_pairs_are_labelled_by_gold_without_noise(measured: RoundContext) -> None:
     for domain in DOMAINS:
         pairs = read_pairs(measured.store.folder(0) / f"held_out_{domain}.parquet")

@@ -186,6 +186,10 @@ def test_sharding_divides_what_every_process_holds_whole_otherwise(
     assert told.bytes("optimizer") == pytest.approx(41600 / share, rel=0.01)
     # 18 pairs a round in batches of 2 x 4
     assert told.count("steps a round") == 2
+    # in passes without gradients the weights are whole; logits are in the measured activations
+    assert ("scoring pairs" in told.values) == (share > 1)
+    if share > 1:
+        assert told.bytes("scoring pairs") == pytest.approx(20832 + 41600 / share, rel=0.01)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -297,8 +301,8 @@ def test_snapshots_that_are_not_kept_are_not_counted(
     flags = [*offline, "--reference.strategy", "last", "--model.rounds", 9]
     assert any(name.startswith("10 snapshots of") for name in estimate(*flags).values)
     told = estimate(*flags, "--snapshot.keep_last", 2)
-    # the start, the best and the newest two
-    assert any(name.startswith("4 snapshots of") for name in told.values)
+    # the start, the best, the newest two and the one that the last round dropped
+    assert any(name.startswith("5 snapshots of") for name in told.values)
 
 
 def test_a_folder_in_use_is_neither_refused_nor_touched(

@@ -43,3 +43,14 @@ def test_a_folder_taken_out_of_its_place_is_put_back_unless_replaced(
 
 def test_a_folder_that_is_not_there_has_no_leftovers(tmp_path: Path) -> None:
     assert remove_leftovers(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("of_jobs", ["trajectory/round_001/shards", ".generation"])
+def test_what_jobs_of_their_own_write_is_theirs(of_jobs: str, tmp_path: Path) -> None:
+    file = tmp_path / of_jobs / f".pairs_1_of_2.parquet.{DEAD}"
+    old = tmp_path / of_jobs / f".001_1.{DEAD}.old"
+    old.mkdir(parents=True)
+    file.write_bytes(b"half")
+    assert remove_leftovers(tmp_path) == []
+    assert file.exists()
+    assert old.exists()

@@ -158,3 +158,31 @@ def test_a_broken_file_of_the_folder_is_one_sentence(
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=rf"{name} cannot be read \(.*\); restore it or start"):
         RunFolder(tmp_path).check(CONFIG, ckpt_path="last", rounds=1)
+
+
+def test_a_refused_start_leaves_alone_what_another_run_has_set_aside(
+    held: tuple[Path, int],
+) -> None:
+    root, _ = held
+    aside = root / ".replaced" / "trajectory"
+    aside.mkdir(parents=True)
+    (root / "trajectory").rename(root / "elsewhere")  # the other run has made nothing yet
+    folder = RunFolder(root)
+    with pytest.raises(InputError, match="is in use"):
+        folder.begin(CONFIG, overwrite=False)
+    folder.restore()
+    assert aside.is_dir()
+    (root / "elsewhere").rename(root / "trajectory")
+    shutil.rmtree(root / ".replaced")
+
+
+def test_a_run_that_is_extended_is_not_finished_until_it_ends(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(CONFIG, overwrite=False)
+    (tmp_path / "trajectory").mkdir()
+    folder.end(1)
+    folder = RunFolder(tmp_path)
+    folder.begin(CONFIG, overwrite=False)
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        RunFolder(tmp_path).check(CONFIG, ckpt_path=None, rounds=1)
+    folder.end(2)

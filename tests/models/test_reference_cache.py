@@ -1,4 +1,6 @@
 import copy
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from tests.models.tiny import tiny_llama
 from tpmm_pl.data.table import as_table
 from tpmm_pl.models import reference_cache
 from tpmm_pl.models.reference_cache import cached_logps
-from tpmm_pl.models.scoring import score_pairs
+from tpmm_pl.models.scoring import score_pairs, score_shared
 from tpmm_pl.types import Pair, PairLogps
 
 PAIRS = [
@@ -29,9 +31,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(*args: object, **options: object) -> PairLogps:
         found.append(1)
-        return score_pairs(*args, **options)  # type: ignore[arg-type]
+        return score_shared(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reference_cache, "score_pairs", counting)
+    monkeypatch.setattr(reference_cache, "score_shared", counting)
     return found
 
 
@@ -158,3 +160,19 @@ def test_a_cut_entry_is_made_again(
     assert "scored again" in capsys.readouterr().err
     score(tiny_llama(), tmp_path)
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_takes_no_entry_costs_only_what_is_kept(
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(reference_cache, "save_file", refused)
+    logps = score(tiny_llama(), tmp_path)
+    assert torch.equal(torch.stack(logps), torch.stack(score_pairs(tiny_llama(), PAIRS)))
+    assert "are not kept" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_a_step_of_a_reward_model_looks_at_values_no_more_often_than_the_logger(
     module = RewardModule(REWARD, FUSED)
     counts = watched(module, reads)
     fit(module, token_budget=SOME, batch_size=1, log_every_n_steps=4)
-    assert counts == [1, 0, 0, 0, 1, 0]
+    assert counts == [1, 0, 0, 0, 0, 0]
 
 
 def test_rewards_that_are_no_numbers_end_a_fit_when_they_are_looked_at() -> None:
@@ -141,5 +141,5 @@ def test_rewards_that_are_no_numbers_end_a_fit_when_they_are_looked_at() -> None
     with pytest.raises(InputError, match="rewards of the untrained model are not finite"):
         fit(RewardModule(LargeStart(broken), FUSED), batch_size=1, log_every_n_steps=50)
     steep = partial(torch.optim.SGD, lr=1e30)
-    with pytest.raises(RunError, match="rewards at step 4 are not finite; lower the learning rate"):
+    with pytest.raises(RunError, match=r"is not finite in optimizer step \d, batch \d of epoch 0"):
         fit(RewardModule(REWARD, steep), batch_size=1, log_every_n_steps=4)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -152,7 +154,8 @@ def test_a_server_that_is_busy_is_asked_again(status: int, server: Server, tmp_p
 def test_what_a_server_does_not_answer_the_next_one_is_asked(server: Server) -> None:
     dead = "http://127.0.0.1:1"
     engine = ServerGeneration([dead, server.url], attempts=2, backoff=0.0)
-    assert engine.servers.ask("/v1/models") == {"data": [{"id": "policy"}]}
+    answer = {"data": [{"id": "policy"}]}
+    assert engine.servers.ask("/v1/models") == (f"{server.url}/v1/models", answer)
 
 
 @pytest.mark.parametrize(
@@ -199,15 +202,33 @@ def test_a_server_that_never_answers_ends_the_run_in_one_sentence(
 def test_an_answer_without_tokens_is_refused(
     answer: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = ServerGeneration([server.url])
-    ask = engine.servers.ask
-    monkeypatch.setattr(
-        engine.servers,
-        "ask",
-        lambda path, *rest, **of: answer if "completions" in path else ask(path, *rest, **of),
-    )
-    with pytest.raises(InputError, match="answers without 2 completions of token_ids"):
+    engine = ServerGeneration(["http://127.0.0.1:1", server.url], attempts=2, backoff=0.0)
+    monkeypatch.setattr(engine, "_load", lambda folder: None)  # the first server never answers
+    given = server.answer
+
+    def without_tokens(path: str, body: Any, key: str | None) -> tuple[int, str, dict[str, str]]:
+        if path == "/v1/completions":
+            return 200, json.dumps(answer), {}
+        return given(path, body, key)
+
+    monkeypatch.setattr(server, "answer", without_tokens)
+    sentence = f"^{server.url}/v1/completions answers without 2 completions of token_ids"
+    with pytest.raises(InputError, match=sentence):
         engine(policy(tmp_path), prompts(), GREEDY)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, [], "no", {}, {"data": None}, {"data": []}, {"data": [{}]}, {"data": [{"id": 1}]}],
+)
+def test_an_answer_that_names_no_model_is_one_sentence(
+    answer: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ServerGeneration([server.url])
+    monkeypatch.setattr(server, "answer", lambda *_: (200, json.dumps(answer), {}))
+    sentence = f"{server.url}/v1/models answers {answer!r}, which names no model; check"
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
+        engine.servers.model()
 
 
 def test_the_key_is_the_environments_and_reaches_the_server_alone(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 _BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(?P<old>\.old)?")
 """Names that :mod:`tpmm_pl.files` gives to what is not complete yet, or no longer in its place."""
+_OF_JOBS = {"shards", ".generation"}
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -17,13 +18,16 @@ def remove_leftovers(folder: Path) -> list[Path]:
     A folder that was taken out of its place, and whose successor never came, is put back.
 
     Args:
-        folder: Of a run; nobody else may write there.
+        folder: Of a run; nobody else may write there, but for jobs in folders of their own.
 
     Returns:
         What is no longer there.
     """
     found = []
     for path in sorted(folder.rglob(".*")):
+        # `tpmm pairs` writes there without the run's lock, also from machines elsewhere
+        if not _OF_JOBS.isdisjoint(path.relative_to(folder).parts):
+            continue
         named = _BESIDE.fullmatch(path.name)
         if named is None or not path.exists() or _lives(int(named["process"])):
             continue

@@ -83,6 +83,7 @@ class RunFolder:
         self._lock: FileLock | None = None
         self._first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
         self._started_over = False
+        self._holds = False
 
     def check(self, config: dict[str, Any], *, ckpt_path: str | None, rounds: int | None) -> None:
         """Refuse a fit that would spoil the run in the folder.
@@ -132,9 +133,11 @@ class RunFolder:
         if not self._first:
             return
         self.take()
+        self._holds = True
         if overwrite:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._move(self.root, self._replaced)
+        self._mark.unlink(missing_ok=True)  # a run that is extended is not finished until it ends
         write_text(self.config, yaml.safe_dump(config, sort_keys=False))
         handler = _RunLog(self.root / "run.log", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -143,7 +146,8 @@ class RunFolder:
 
     def restore(self) -> None:
         """Bring back what was set aside, if the new run has made nothing."""
-        if self._first and self._replaced.exists() and not self._holds_work():
+        # what another run has set aside is its own
+        if self._holds and self._replaced.exists() and not self._holds_work():
             self._move(self._replaced, self.root)
             shutil.rmtree(self._replaced)
 

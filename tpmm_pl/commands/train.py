@@ -15,11 +15,12 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from tpmm_pl import processes
 from tpmm_pl.callbacks.reward_evaluation import RewardEvaluation
-from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO
+from tpmm_pl.callbacks.round_checkpoint import AtomicCheckpointIO, writes_folder
 from tpmm_pl.callbacks.stop_signals import StopSignals, stopping_on_signals
 from tpmm_pl.commands.dry_run import dry_run
 from tpmm_pl.commands.leftovers import remove_leftovers
@@ -106,6 +107,7 @@ class RunCLI(LightningCLI):
         self._folder.begin(self._written, overwrite=settings.overwrite)
         rank_zero_only(remove_leftovers)(self._folder.root)
         settings.ckpt_path = self._folder.resume_from(settings.ckpt_path)
+        refuse_other_form(settings.ckpt_path, self.trainer.strategy)
 
     def after_fit(self) -> None:
         """Measure what the last step left, draw the figure of the run, mark it as finished."""
@@ -187,6 +189,25 @@ def _refuse_step_settings(settings: Any) -> None:
                 f"trainer.{setting} is {value}, but {name} takes its optimizer steps itself;"
                 f" {way_out}"
             )
+
+
+def refuse_other_form(checkpoint: str | None, strategy: Strategy) -> None:
+    """Refuse a checkpoint in parts for a strategy that wants a whole one, and the reverse.
+
+    Raises:
+        InputError: Naming the way out.
+    """
+    if checkpoint is None or not Path(checkpoint).exists():
+        return
+    in_parts = Path(checkpoint).is_dir()
+    if in_parts != writes_folder(strategy):
+        form = (
+            "in parts, by a sharded strategy" if in_parts else "whole, by one that shards nothing"
+        )
+        raise InputError(
+            f"{checkpoint} was written {form}, and {type(strategy).__name__} cannot go on from it;"
+            " resume with the trainer.strategy that the run was begun with"
+        )
 
 
 @stopping_on_signals()

@@ -16,7 +16,7 @@ from tpmm_pl import processes
 from tpmm_pl.data.notices import say
 from tpmm_pl.data.packing import TOKEN_BUDGET
 from tpmm_pl.data.table import PairTable
-from tpmm_pl.files import replacing
+from tpmm_pl.files import DiskError, replacing
 from tpmm_pl.models.scoring import score_shared
 from tpmm_pl.models.tree_pass import unwrapped
 from tpmm_pl.types import PairLogps
@@ -73,7 +73,7 @@ def _write(path: Path, logps: PairLogps) -> None:
     try:
         with replacing(path) as beside:
             save_file(logps._asdict(), beside)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DiskError) as error:
         say(f"{path.parent} cannot be written ({error}); log-probabilities are not kept")
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tpmm_pl import processes
 from tpmm_pl.data.tokens.chat import check_vocabulary
 from tpmm_pl.losses import bradley_terry_loss
 from tpmm_pl.models.reward import RewardScorer
@@ -126,15 +127,18 @@ class RewardModule(PackedSteps, PairValidation, LightningModule):
         self.step(batch, loss_of, ranked, batch_idx)
         self.routings = {name: joined([r[name] for r in routed]) for name in routed[0]}
         rewards = Rewards(*map(torch.cat, zip(*scored, strict=True)))
-        every = self.trainer.log_every_n_steps
-        # looking at values waits for the device: not more often than the logger does
-        if step == 0 or (every and step % every == 0):
-            refuse_not_finite(rewards, step)
+        if step == 0:
+            # later it is the training that is at fault, and the step is left out; of all processes
+            # alike, which a sum that is no number tells
+            sums = processes.mean(torch.stack([scores.sum() for scores in rewards]))
+            refuse_not_finite(Rewards(*sums), step)
         pairs = len(rewards.chosen)
         metrics = {"loss": torch.stack(losses).sum() / pairs, **reward_metrics(rewards)}
         if self.routings:
             metrics["balance_loss"] = total_balance_loss(self.routings)
+        extremes = processes.largest(torch.stack([metrics["max_reward"], -metrics["min_reward"]]))
         metrics = self.averaged(metrics)
+        metrics |= {"max_reward": extremes[0], "min_reward": -extremes[1]}
         self.log_dict(metrics, batch_size=pairs)
         return metrics["loss"]
 

@@ -48,7 +48,7 @@ class ServerGeneration:
     ) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency is {concurrency}; it must be at least 1")
-        self.servers = Endpoints(urls, api_key_env, timeout, attempts, backoff)
+        self.servers = _Servers(urls, api_key_env, timeout, attempts, backoff)
         self.concurrency = concurrency
 
     def __call__(
@@ -57,12 +57,12 @@ class ServerGeneration:
         """Have the servers load the policy's weights, then ask them.
 
         Raises:
-            InputError: If a server refuses, or answers without tokens.
+            InputError: If a server refuses, or answers without a model or tokens.
             RunError: If none answers.
         """
         with written_policy(policy) as folder:
             processes.from_first(lambda: self._load(str(folder)))
-        model = self.servers.ask("/v1/models")["data"][0]["id"]
+        model = self.servers.model()
         ends = end_ids(policy.model, policy.tokenizer)
         common = {
             "model": model,
@@ -82,8 +82,8 @@ class ServerGeneration:
         def ask(numbered: tuple[int, Prompt]) -> list[tuple[list[int], list[float]]]:
             number, prompt = numbered
             body = {**common, "prompt": list(prompt.ids), "seed": sampling.seed(prompt)}
-            answer = self.servers.ask("/v1/completions", body, first=number)
-            return self._tokens(answer, sampling.samples)
+            url, answer = self.servers.ask("/v1/completions", body, first=number)
+            return _tokens(url, answer, sampling.samples)
 
         return [
             completion(prompt, index, *made, policy.tokenizer, ends)
@@ -108,15 +108,36 @@ class ServerGeneration:
         self.servers.ask_each("/collective_rpc", reload)
         self.servers.ask_each("/reset_prefix_cache", {})
 
-    def _tokens(self, answer: Any, samples: int) -> list[tuple[list[int], list[float]]]:
+
+class _Servers(Endpoints):
+    """Servers whose answers come with the URL of the one that has answered."""
+
+    def model(self) -> str:
+        """Return the name of the model that they serve."""
+        url, answer = self.ask("/v1/models")
         try:
-            ordered = sorted(answer["choices"], key=lambda choice: choice["index"])
-            made = [(one["token_ids"], one["logprobs"]["token_logprobs"]) for one in ordered]
+            if isinstance(name := answer["data"][0]["id"], str):
+                return name
         except (LookupError, TypeError):
-            made = []
-        if len(made) != samples or any(not ids or len(ids) != len(logps) for ids, logps in made):
-            raise InputError(
-                f"{self.servers.urls[0]} answers without {samples} completions of token_ids and"
-                " log-probabilities; it must be a vLLM that knows return_token_ids"
-            )
-        return made
+            pass
+        said = self._without_key(repr(answer))[:200]
+        raise InputError(
+            f"{url} answers {said}, which names no model; check that the URL is a vLLM server's"
+        )
+
+    def _send(self, url: str, body: Any) -> tuple[str, Any]:
+        return url, super()._send(url, body)
+
+
+def _tokens(url: str, answer: Any, samples: int) -> list[tuple[list[int], list[float]]]:
+    try:
+        ordered = sorted(answer["choices"], key=lambda choice: choice["index"])
+        made = [(one["token_ids"], one["logprobs"]["token_logprobs"]) for one in ordered]
+    except (LookupError, TypeError):
+        made = []
+    if len(made) != samples or any(not ids or len(ids) != len(logps) for ids, logps in made):
+        raise InputError(
+            f"{url} answers without {samples} completions of token_ids and log-probabilities; it"
+            " must be a vLLM that knows return_token_ids"
+        )
+    return made

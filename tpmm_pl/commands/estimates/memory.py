@@ -50,6 +50,8 @@ class Memory:
     """Adapters of all snapshots side by side, in fusion."""
     cache: int
     """Keys and values in sampling."""
+    gathered: int
+    """Weights that other devices hold in training, in passes without gradients."""
     measured: bool = False
     """Whether the activations, logits among them, are those of a real pass."""
 
@@ -66,7 +68,12 @@ class Memory:
     @property
     def sampling(self) -> int:
         """While completions are sampled."""
-        return self.held + self.cache
+        return self.held + self.gathered + self.cache
+
+    @property
+    def scoring(self) -> int:
+        """While pairs are scored, without gradients."""
+        return self.held + self.gathered + self.logits
 
     @property
     def held(self) -> int:
@@ -80,8 +87,8 @@ class Memory:
 
     @property
     def most(self) -> int:
-        """The largest of the three."""
-        return max(self.step, self.fusion, self.sampling)
+        """The largest of the four."""
+        return max(self.step, self.fusion, self.sampling, self.scoring)
 
 
 def memory(model: nn.Module, module: Any, trainer: Trainer, data: Any, work: Workload) -> Memory:
@@ -114,6 +121,7 @@ def memory(model: nn.Module, module: Any, trainer: Trainer, data: Any, work: Wor
         gradient_at_once=largest if work.fusion.count and not adapters else 0,
         stacked=adapters // parts,
         cache=prod(work.at_once) * (cache_bytes(model) or 0) // (2 if mixed else 1),
+        gathered=weights - weights // parts if work.scored.count or prod(work.at_once) else 0,
     )
 
 
@@ -135,6 +143,9 @@ def memory_rows(found: Memory, trainer: Trainer, data: Any, work: Workload) -> l
     if work.fusion.count:
         way = f"{work.snapshots} adapters side by side" if found.stacked else "one gradient at once"
         rows.append(Row("  a step of fusion", size(found.fusion), f"{way}; snapshots stay on disk"))
+    if found.gathered:
+        whole = f"{size(found.gathered)} of weights are gathered: whole on each device"
+        rows.append(Row("  scoring pairs", size(found.scoring), whole))
     if prod(work.at_once):
         rows_of = "at most {} rows of {} tokens; judges come on top".format(*work.at_once)
         rows.append(Row("  sampling", size(found.sampling), rows_of))

@@ -220,8 +220,8 @@ def _fused(merge: ReferenceMerge | None, fuse: Amount, rounds: int) -> Amount:
 
 def _snapshots(rounds: int, callbacks: Sequence[Any]) -> int:
     kept = [c.keep_last for c in callbacks if isinstance(c, TrajectorySnapshot) and c.keep_last]
-    # the start and the best round stay beside the newest
-    return min([rounds + 1, *(newest + 2 for newest in kept)])
+    # the start and the best round stay beside the newest, and after the last round what it dropped
+    return min([rounds + 1, *(newest + 3 for newest in kept)])
 
 
 def sampler_of(callbacks: Sequence[Any]) -> OnPolicyPairs | None:
