@@ -1,173 +1,174 @@
-"""What goes wrong on disk is one sentence, and the run goes on when the cause is gone."""
+"""A real run that SIGKILL or another signal ends, anywhere, resumes to the same bits."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from tests.killed_runs import SIGKILLED, Runs, differences, strike
+from tests.killed_runs import SIGKILLED, Runs, differences, leftovers, strike
 from tpmm_pl.trajectory import TrajectoryStore
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="points inside a write are found through /proc"
 )
 
-LEARN = "tpmm_pl.callbacks.reference_merge:ReferenceMerge.learn"
+RANDOM_KILLS = 60
+UPDATE = "tpmm_pl.modules.packed_steps:PackedSteps.on_before_optimizer_step"
+FUSION = "tpmm_pl.modules.fusion:FusionWeights.training_step"
+SAMPLING = "tpmm_pl.models.decoding:_CachedForward.__call__"
+RECORD = "tpmm_pl.trajectory:TrajectoryStore.update"
+
+KILLS: dict[str, dict[str, Any]] = {
+    "mid_batch": {"at": UPDATE, "calls": [6]},
+    "mid_snapshot": {"write": r"round_002/\.policy"},
+    "mid_fusion": {"at": FUSION, "calls": [7]},
+    "mid_generation": {"at": SAMPLING, "calls": [80]},
+    "mid_checkpoint": {"write": r"checkpoints/\.last", "calls": [4]},
+    "between_stages": {"at": RECORD, "calls": [16], "after": True},
+}
+MORE_KILLS: dict[str, dict[str, Any]] = {
+    "mid_first_checkpoint": {"write": r"checkpoints/\.last"},
+    "mid_start": {"at": "tpmm_pl.toy.start:_store"},
+    "mid_config": {"write": r"/\.config"},
+    "mid_pairs": {"write": r"round_001/\.pairs"},
+    "mid_fuse_pairs": {"write": r"round_002/\.fuse"},
+    "mid_manifest": {"write": r"\.manifest", "calls": [14]},
+    "mid_recipe": {"write": r"round_002/\.recipe"},
+    "mid_log_probabilities": {"write": r"\.reference"},
+    "mid_export": {"write": r"run/export/\.", "calls": [4]},
+    "mid_mark": {"write": r"/\.finished"},
+    "before_the_optimizer_is_reset": {
+        "at": "tpmm_pl.callbacks.reference_merge:ReferenceMerge.set_next_policy",
+        "calls": [2],
+    },
+}
+SLURM = {
+    **{"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "letters"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+}
+"""Of a job's one process; Lightning would write a checkpoint of its own and requeue the job."""
+SIGNALS: dict[str, dict[str, Any]] = {
+    "before_the_fit": {"at": "tpmm_pl.toy.start:_store"},
+    "before_the_first_round": {"at": SAMPLING, "calls": [3]},
+    "in_a_checkpoint": {"write": r"checkpoints/\.last", "calls": [3]},
+    "in_the_last_stage_of_a_round": {
+        "at": "tpmm_pl.callbacks.round_checkpoint:RoundCheckpoint.save",
+        "calls": [3],
+    },
+    "before_the_last_stages": {"at": SAMPLING, "calls": [100]},
+    "behind_the_fit": {"at": "tpmm_pl.commands.train:gold_proxy_figure"},
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     with Runs(tmp_path_factory.mktemp("runs")) as runs:
-        assert runs.fit("unbroken").code == 0, runs.log("unbroken").read_text()
-        # behind the snapshot of the last round, and behind that of the second
-        kills = {"closed": strike("SIGKILL", at=LEARN, calls=[3])}
-        kills["open"] = strike("SIGKILL", at=LEARN, calls=[2])
-        for name, how in kills.items():
-            assert runs.fit(name, strike=how).code == SIGKILLED, runs.log(name).read_text()
+        ended = runs.fit("unbroken")
+        assert ended.code == 0, runs.log("unbroken").read_text()
         yield runs
 
 
-def copied(runs: Runs, name: str, to: str) -> Path:
-    """Copy a killed run; return the new one's trajectory."""
-    shutil.copytree(runs.folder / name, runs.folder / to)
-    return runs.root(to) / "trajectory"
+@pytest.fixture(scope="module")
+def whole_seconds(runs: Runs) -> float:
+    """Return the processor time of a run; the first one has made the start, too."""
+    return runs.fit("measured").seconds
 
 
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    if how == "missing":
-        path.unlink()
-    elif how == "flipped":
-        path.write_bytes(content)
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        wider = {name: torch.cat([tensor] * 2) for name, tensor in load_file(path).items()}
-        save_file(wider, path)
+def own_start(name: str, runs: Runs) -> tuple[str, str]:
+    """Return the flag by which a run makes its start itself."""
+    return "--model.init_args.policy.init_args.cache_dir", str(runs.folder / name / "start")
 
 
-def last_words(runs: Runs, name: str) -> str:
-    lines = runs.log(name).read_text().strip().splitlines()
-    assert not any(line.startswith(("Traceback", "--- Logging error")) for line in lines), lines
-    return lines[-1]
+def assert_goes_on(runs: Runs, name: str, *flags: str) -> None:
+    ended = runs.resume(name, *flags)
+    assert ended.code == 0, runs.log(name).read_text()
+    assert differences(runs, name, "unbroken") == []
+    assert leftovers(runs.root(name)) == []
 
 
 @pytest.mark.parametrize(
-    ("file", "how", "sentence"),
+    "kill", [*KILLS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_KILLS)]
+)
+def test_a_killed_run_goes_on_to_the_same_weights(kill: str, runs: Runs) -> None:
+    point = strike("SIGKILL", **(KILLS | MORE_KILLS)[kill])
+    flags = own_start(kill, runs) if kill == "mid_start" else ()
+    assert runs.fit(kill, *flags, strike=point).code == SIGKILLED
+    if kill == "mid_checkpoint":
+        (beside,) = leftovers(runs.root(kill))
+        whole = runs.root(kill) / "checkpoints" / "last.ckpt"
+        assert 0 < beside.stat().st_size < whole.stat().st_size
+    assert_goes_on(runs, kill, *flags)
+
+
+@pytest.mark.parametrize(
+    "stage",
     [
-        ("round_001/policy.safetensors", "missing", "is missing; restore it or start over"),
-        ("round_001/policy.safetensors", "flipped", "is not the file that was written: its sha256"),
-        ("round_001/policy.safetensors", "truncated", "is not the file that was written: its sha2"),
-        ("round_002/policy.safetensors", "of another model", "is not the file that was written:"),
-        ("round_002/pairs.parquet", "flipped", "is not the file that was written: its sha256 is"),
-        ("round_000/fuse.parquet", "missing", "is missing; restore it or start over"),
-        ("manifest.json", "truncated", "cannot be read (JSONDecodeError("),
+        "tpmm_pl.callbacks.reference_merge:ReferenceMerge.make_reference",
+        pytest.param(
+            "tpmm_pl.callbacks.round_evaluation:RoundEvaluation.evaluate_ship",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_a_broken_file_of_a_closed_round_is_one_sentence(
-    file: str, how: str, sentence: str, runs: Runs
+def test_a_run_killed_again_while_it_makes_up_for_a_stage_goes_on(stage: str, runs: Runs) -> None:
+    name = stage.rpartition(".")[2]
+    first = 3 if name == "make_reference" else 1
+    point = strike("SIGKILL", at=stage, calls=[first])
+    assert runs.fit(name, strike=point).code == SIGKILLED
+    again = strike("SIGKILL", at=stage)
+    assert runs.resume(name, strike=again).code == SIGKILLED
+    assert_goes_on(runs, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(RANDOM_KILLS))
+def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_weights(
+    number: int, runs: Runs, whole_seconds: float
 ) -> None:
-    path = runs.root("closed") / "trajectory" / file
-    whole = path.read_bytes()
-    damage(path, how)
-    assert runs.resume("closed").code == 2
-    path.write_bytes(whole)
-    words = last_words(runs, "closed")
-    assert f"tpmm: error: {path} {sentence}" in words
-    assert words.endswith("--overwrite")
+    name = f"random_{number}"
+    if runs.fit(name, seconds=random.Random(number).uniform(0.0, whole_seconds)).code:
+        assert_goes_on(runs, name)
 
 
-def test_a_run_goes_on_when_its_files_are_restored(runs: Runs) -> None:
-    trajectory = copied(runs, "closed", "healed")
-    shutil.copytree(trajectory, trajectory.with_name("copy"))
-    for file in ("round_000/policy.safetensors", "round_002/pairs.parquet"):
-        damage(trajectory / file, "truncated")
-        assert runs.resume("healed").code == 2
-    shutil.rmtree(trajectory)
-    trajectory.with_name("copy").rename(trajectory)
-    assert runs.resume("healed").code == 0, last_words(runs, "healed")
-    assert differences(runs, "healed", "unbroken") == []
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGUSR1"])
+def test_a_signal_within_a_round_leaves_a_checkpoint_of_the_batch(name: str, runs: Runs) -> None:
+    run = f"{name}_in_a_batch"
+    ended = runs.fit(run, strike=strike(name, at=UPDATE, calls=[6]), environment=SLURM)
+    assert ended.code == 143, runs.log(run).read_text()
+    (seen,) = runs.starts(run)
+    assert len(seen) == 6
+    assert_goes_on(runs, run)
+    first, second = runs.starts(run)
+    assert first + second == runs.starts("unbroken")[0]
+    assert not list((runs.root(run)).rglob("hpc_ckpt*"))
 
 
-def test_a_broken_file_can_be_left_behind_by_starting_over(runs: Runs) -> None:
-    trajectory = copied(runs, "closed", "over")
-    for file in ("round_001/policy.safetensors", "manifest.json"):
-        damage(trajectory / file, "truncated")
-    assert runs.fit("over", "--overwrite").code == 0, last_words(runs, "over")
-    stores = [TrajectoryStore(runs.root(name) / "trajectory") for name in ("over", "unbroken")]
-    assert [r.sha256 for r in stores[0].rounds] == [r.sha256 for r in stores[1].rounds]
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+def test_a_signal_within_a_stage_ends_the_run_behind_it(name: str, runs: Runs) -> None:
+    run = f"{name}_in_a_stage"
+    # the second signal comes while the first one's stage still runs
+    assert runs.fit(run, strike=strike(name, at=FUSION, calls=[7, 8])).code == 143
+    record = TrajectoryStore(runs.root(run) / "trajectory").rounds[-1]
+    assert record.round == 2
+    assert list(record.seconds) == ["snapshot", "fuse_pairs", "fuse"]
+    assert_goes_on(runs, run)
 
 
-@pytest.mark.parametrize(
-    ("file", "how"), [("policy.safetensors", "flipped"), ("fuse.parquet", "missing")]
-)
-def test_a_round_whose_end_was_cut_off_is_made_again_from_its_checkpoint(
-    file: str, how: str, runs: Runs
-) -> None:
-    name = f"{file}-{how}"
-    path = copied(runs, "open", name) / "round_002" / file
-    damage(path, how)
-    assert runs.resume(name).code == 0, last_words(runs, name)
-    assert differences(runs, name, "unbroken") == []
+@pytest.mark.slow
+@pytest.mark.parametrize("where", SIGNALS)
+def test_a_signal_anywhere_ends_the_run_and_loses_nothing(where: str, runs: Runs) -> None:
+    run = f"anywhere_{where}"
+    flags = own_start(run, runs)
+    assert runs.fit(run, *flags, strike=strike("SIGTERM", **SIGNALS[where])).code == 143
+    assert_goes_on(runs, run, *flags)
 
 
-@pytest.mark.parametrize("how", ["truncated", "code"])
-def test_a_checkpoint_that_cannot_be_read_is_one_sentence(how: str, runs: Runs) -> None:
-    path = runs.root("closed") / "checkpoints" / "last.ckpt"
-    whole = path.read_bytes()
-    if how == "truncated":
-        damage(path, how)
-    else:
-        torch.save({"state_dict": Touches(runs.folder / "touched")}, path)
-    assert runs.resume("closed").code == 2
-    path.write_bytes(whole)
-    words = last_words(runs, "closed")
-    assert f"tpmm: error: the checkpoint {path} cannot be read (" in words
-    assert words.endswith("; restore it or start over with --overwrite")
-    assert not (runs.folder / "touched").exists(), "code in a checkpoint was run"
-
-
-class Touches:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.fixture
-def disk(runs: Runs, request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
-    """A run whose folder is a small disk; the run's name and the disk's size in KiB."""
-    name, size = f"full-{request.param}", int(request.param)
-    root = runs.root(name)
-    root.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(root)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this process may mount no small disk")
-    yield name, size
-    subprocess.run(["umount", str(root)], check=True)
-
-
-@pytest.mark.parametrize("disk", [64, 200, 400], indirect=True)
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(disk: tuple[str, int], runs: Runs) -> None:
-    name, _ = disk
-    root = runs.root(name)
-    assert runs.fit(name).code == 1, last_words(runs, name)
-    words = last_words(runs, name)
-    assert words.startswith(f"tpmm: error: {root}"), words
-    assert "cannot be written (no space left on device, 0." in words
-    assert words.endswith(" MB are free); make room, then go on with --ckpt_path last")
-    subprocess.run(["mount", "-o", "remount,size=16m", str(root)], check=True)
-    assert runs.resume(name).code == 0, last_words(runs, name)
-    found = differences(runs, name, "unbroken")
-    assert found == []
+@pytest.mark.slow
+def test_a_signal_within_the_last_stage_lets_the_run_end(runs: Runs) -> None:
+    run, at = "last_stage", "tpmm_pl.callbacks.model_export:ModelExport.export"
+    assert runs.fit(run, strike=strike("SIGTERM", at=at)).code == 0
+    assert differences(runs, run, "unbroken") == []
