@@ -73,6 +73,8 @@ examples:
   tpmm fit --config configs/quickstart.yaml
   tpmm fit --config configs/quickstart.yaml --reference.strategy last
   tpmm upcycle runs/reward_dense/export/reward --out runs/experts
+  tpmm merge sft dpo-1 dpo-2 --out merged
+  tpmm report runs/ablation --out report.html
   tpmm COMMAND --help
 """
 
