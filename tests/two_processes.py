@@ -137,6 +137,7 @@ def fit(
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         limit_val_batches=0,
+        log_every_n_steps=1,  # how often processes ask each other for signals
     )
     path = root / CHECKPOINT if resume else None
     data = FixedPairs(8 // processes)
