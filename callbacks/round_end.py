@@ -151,6 +151,7 @@ class RoundCallback(Callback):
         if trainer.ckpt_path is None and any(r.round > rounds for r in _store(trainer).rounds):
             raise _of_another_run(_store(trainer))
         if trainer.ckpt_path is not None:
+            _begin_epoch(trainer)
             _store(trainer).forget_after(rounds)
             _store(trainer).verify(closed=self.finished_rounds)
             if rounds > self.finished_rounds:
@@ -244,6 +245,26 @@ def _begin_after(trainer: Trainer, pl_module: LightningModule, given: int) -> No
 
 _BEGIN_AT_ZERO = (Adam, Adamax, RAdam, RMSprop, Adadelta, SGD)
 """Optimizers whose state is all zeros before the first step; AdamW is an Adam."""
+
+
+def _begin_epoch(trainer: Trainer) -> None:
+    """Count as the Trainer does before an epoch, where it has resumed between two.
+
+    From a checkpoint of an epoch's last batch or of its end it goes on with counts that lag, and
+    writes them into the checkpoints of the next epoch: resumed from one of those, it would train on
+    batches again.
+    """
+    loop: Any = trainer.fit_loop
+    batches = loop.epoch_loop.batch_progress
+    if batches.current.ready and not batches.is_last_batch:
+        return  # in the middle of an epoch
+    for counts in (loop.epoch_progress.total, loop.epoch_progress.current):
+        counts.ready = counts.started = counts.processed = counts.completed = trainer.current_epoch
+    batches.total.completed = batches.total.processed
+    batches.reset_on_run()
+    loop.restarting = False
+    loop.reset_restart_stage()
+    loop.epoch_loop.reset_restart_stage()
 
 
 def _of_another_run(store: TrajectoryStore) -> InputError:

@@ -118,7 +118,7 @@ def fuse_and_note_memory(root: Path, snapshots: int) -> None:
 def test_no_process_holds_the_snapshots_that_it_merges(tmp_path: Path) -> None:
     write_snapshots(tmp_path, 8)
     for snapshots in (2, 8):
-        together(partial(fuse_and_note_memory, tmp_path, snapshots))
+        together(partial(fuse_and_note_memory, tmp_path, snapshots), start="spawn")
     size = sum(p.numel() * p.element_size() for p in wide_llama().parameters())
     for rank in range(2):
         few, many = (int((tmp_path / f"peak_{k}_{rank}").read_text()) for k in (2, 8))

@@ -175,6 +175,30 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert_same_trajectory(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("round_index", [1, 2])
+def test_a_run_killed_behind_a_last_batch_and_in_the_next_round_resumes_to_the_same_weights(
+    round_index: int, batch: int, start: LettersPolicy, unbroken: TrajectoryStore, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):  # the newest checkpoint is of the round's last batch
+        fit(tmp_path, start, extra=([KillAtStage("protect", round_index)], []))
+    with pytest.raises(Killed):
+        fit(tmp_path, start, resume=True, extra=([], [KillAtBatch(round_index, batch)]))
+    fit(tmp_path, start, resume=True)
+    assert_same_trajectory(tmp_path, unbroken)
+
+
+def test_a_run_killed_behind_a_last_batch_and_in_the_next_rounds_end_resumes_to_the_same_weights(
+    start: LettersPolicy, unbroken: TrajectoryStore, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path, start, extra=([KillAtStage("protect", 1)], []))
+    with pytest.raises(Killed):
+        fit(tmp_path, start, resume=True, extra=([], [KillAtStage("fuse", 2)]))
+    fit(tmp_path, start, resume=True)
+    assert_same_trajectory(tmp_path, unbroken)
+
+
 def test_a_finished_run_goes_on_when_rounds_are_raised(
     start: LettersPolicy, unbroken: TrajectoryStore, tmp_path: Path
 ) -> None:

@@ -144,25 +144,32 @@ def fit(
     trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True if path else None)
 
 
-def together(work: Callable[[], None], processes: int = 2) -> None:
+def together(work: Callable[[], None], processes: int = 2, start: str = "fork") -> None:
     """Run ``work`` in processes that see the environment of ``torchrun``.
+
+    Args:
+        work: The same for all.
+        processes: How many.
+        start: Forked or, with a memory of their own, as by ``spawn``.
 
     Raises:
         RuntimeError: If one of them fails.
     """
-    codes = exit_codes(work, processes)
+    codes = exit_codes(work, processes, start)
     if any(codes):
         raise RuntimeError(f"the processes ended with {codes}")
 
 
-def exit_codes(work: Callable[[], None], processes: int = 2) -> list[int | None]:
+def exit_codes(
+    work: Callable[[], None], processes: int = 2, start: str = "fork"
+) -> list[int | None]:
     """Run ``work`` in processes; return their exit codes, ``None`` of one that hangs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(start)
     children = [
-        fork.Process(target=_as_rank, args=(work, rank, processes, port))
+        context.Process(target=_as_rank, args=(work, rank, processes, port))
         for rank in range(processes)
     ]
     for child in children:
