@@ -8,6 +8,7 @@ import os
 import random
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -172,8 +173,10 @@ def exit_codes(
         context.Process(target=_as_rank, args=(work, rank, processes, port))
         for rank in range(processes)
     ]
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # where a spawned child finds this file
     for child in children:
         child.start()
+    sys.path.pop(0)
     for child in children:
         child.join(240)
     codes = [child.exitcode for child in children]
